@@ -1,0 +1,240 @@
+"""The life of a codebook: draws, first codes, EMA steps, and their agreement over processes.
+
+Every draw is a hash of (seed, update, code), so it needs no generator state, is the same on every device and
+rank, and leaves the global generators alone. Tokens are chosen by their index in the batch of all ranks
+together, so that two ranks with half a batch each choose what one rank with the whole batch would.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fq.search import code_sums, nearest
+
+
+class State(NamedTuple):
+    """Codebook [K, D] and its moving averages: number of tokens [K] and their total [K, D]."""
+
+    codes: Tensor
+    number: Tensor
+    total: Tensor
+
+
+def draw_codes(codebook_size: int, dim: int, init: str, seed: int) -> Tensor:
+    """Codes before any data: N(0, 1), or U(-1/K, 1/K) for ``init="uniform"``.
+
+    Args:
+        codebook_size: K.
+        dim: D.
+        init: name of the initialisation.
+        seed: of a generator of its own.
+
+    Returns:
+        float32 ``[K, D]``.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same codes whatever the default device
+    if init == "uniform":
+        codes = (torch.rand(codebook_size, dim, generator=generator, device="cpu") * 2 - 1) / codebook_size
+    else:
+        codes = torch.randn(codebook_size, dim, generator=generator, device="cpu")
+    return codes.to(torch.get_default_device())
+
+
+def random_bits(number: int, seed: Tensor | int, stream: Tensor | int) -> Tensor:
+    """Pseudo-random integers that depend on (seed, stream, position) alone.
+
+    An integer hash in int64 arithmetic: its multipliers are below 2^31, so no product overflows, and it runs
+    the same on every device and inside a compiled graph.
+
+    Args:
+        number: how many.
+        seed: 0-dim int64 tensor or int.
+        stream: 0-dim int64 tensor or int; different streams are independent.
+
+    Returns:
+        int64 ``[number]`` in ``[0, 2**32)``.
+    """
+    device = next((value.device for value in (seed, stream) if isinstance(value, Tensor)), None)
+    bits = torch.arange(1, number + 1, dtype=torch.int64, device=device)
+    for salt in (seed, stream):
+        bits = _mix(bits + _mix(salt * 2 + 1 + torch.zeros_like(bits)))
+    return bits
+
+
+def _mix(bits: Tensor) -> Tensor:
+    mask = 0xFFFFFFFF
+    bits = bits & mask
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        bits = ((bits ^ (bits >> shift)) * factor) & mask
+    return bits ^ (bits >> 15)
+
+
+def tokens_per_rank(number: int, device: torch.device, group: bool) -> list[int]:
+    """Number of tokens on every rank, in rank order; ``[number]`` without a group.
+
+    Args:
+        number: tokens on this rank.
+        device: where a collective of this rank runs.
+        group: whether there is a process group.
+
+    Returns:
+        One count a rank.
+    """
+    if not group:
+        return [number]
+    sizes = torch.zeros(torch.distributed.get_world_size(), dtype=torch.int64, device=device)
+    sizes[torch.distributed.get_rank()] = number
+    torch.distributed.all_reduce(sizes)
+    return [int(size) for size in sizes.tolist()]
+
+
+def take_tokens(tokens: Tensor, positions: Tensor, sizes: list[int], group: bool) -> Tensor:
+    """Tokens at the given positions of the batch of all ranks.
+
+    Args:
+        tokens: ``[N, D]`` of this rank.
+        positions: int64 ``[n]`` in ``[0, sum(sizes))``, the same on all ranks.
+        sizes: tokens of every rank.
+        group: whether there is a process group.
+
+    Returns:
+        ``[n, D]``, the same bits on all ranks.
+    """
+    if not group:
+        return tokens[positions]
+    rank = torch.distributed.get_rank()
+    local = positions - sum(sizes[:rank])
+    mine = (local >= 0) & (local < sizes[rank])
+    found = tokens.new_zeros(len(positions), tokens.shape[1])
+    found[mine] = tokens[local[mine]]
+    # Each row has one owner and zeros elsewhere, so the sum is exact.
+    torch.distributed.all_reduce(found)
+    return found
+
+
+def sample_tokens(tokens: Tensor, sizes: list[int], at_most: int, seed: Tensor, group: bool) -> Tensor:
+    """Up to ``at_most`` different tokens spread over the batch of all ranks, in order.
+
+    Args:
+        tokens: ``[N, D]`` of this rank.
+        sizes: tokens of every rank.
+        at_most: largest number of rows returned.
+        seed: 0-dim int64.
+        group: whether there is a process group.
+
+    Returns:
+        ``[n, D]``, the same bits on all ranks.
+    """
+    total = sum(sizes)
+    number = min(total, at_most)
+    # One position from each of `number` equal stretches: different by construction, and no stride to alias
+    # with.
+    places = torch.arange(number, device=tokens.device, dtype=torch.int64)
+    starts, ends = places * total // max(number, 1), (places + 1) * total // max(number, 1)
+    offsets = random_bits(number, seed, -1).to(tokens.device) % (ends - starts).clamp(min=1)
+    return take_tokens(tokens, starts + offsets, sizes, group)
+
+
+def codes_from_tokens(
+    tokens: Tensor, codebook_size: int, seed: int, *, iterations: int | None
+) -> tuple[Tensor, Tensor]:
+    """First codes and how many of the given tokens each holds.
+
+    Args:
+        tokens: ``[n, D]``, n at least 1.
+        codebook_size: K; with fewer tokens than codes some codes are equal and hold nothing.
+        seed: of the k-means++ draws.
+        iterations: Lloyd iterations; ``None`` takes a plain sample of the tokens.
+
+    Returns:
+        ``(codes [K, D], counts [K])`` in the dtype of ``tokens``.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    if iterations is None:
+        repeats = -(-codebook_size // len(tokens))
+        permutations = [
+            torch.randperm(len(tokens), generator=generator, device="cpu") for _ in range(repeats)
+        ]
+        order = torch.cat(permutations)
+        codes = tokens[order[:codebook_size].to(tokens.device)].clone()
+    else:
+        codes = _plus_plus(tokens, codebook_size, generator)
+    for _ in range(iterations or 0):
+        counts, sums = _assign(tokens, codes)
+        codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes)
+    return codes, _assign(tokens, codes)[0]
+
+
+def ema_step(
+    state: State,
+    counts: Tensor,
+    sums: Tensor,
+    *,
+    decay: float,
+    compat: str | None,
+    epsilon: float,
+    num_updates: Tensor,
+) -> State:
+    """Codebook and averages after one batch with the given statistics.
+
+    Outside compat a code that was not hit keeps its vector: its sum and count shrink by the same factor, so
+    their ratio would not change, and nothing is ever divided by a vanishing count.
+
+    Args:
+        state: codebook, count and sum before.
+        counts: ``[K]`` tokens of each code in the batch of all ranks.
+        sums: ``[K, D]``.
+        decay: factor of the averages.
+        compat: ``"torch"`` smooths the counts (Laplace), ``"tf"`` also debiases the averages, which then
+            forget the first codes altogether.
+        epsilon: of the Laplace smoothing.
+        num_updates: 0-dim, updates made before this one.
+
+    Returns:
+        The new state; the old one is left alone.
+    """
+    if compat == "tf":
+        # The state holds debiased averages; the raw ones start at zero, whatever the first count and sum
+        # were.
+        step = num_updates.to(state.number.dtype)
+        before, after = 1 - decay**step, 1 - decay ** (step + 1)
+        count = (state.number * before * decay + counts * (1 - decay)) / after
+        total = (state.total * before * decay + sums * (1 - decay)) / after
+    else:
+        count = state.number * decay + counts * (1 - decay)
+        total = state.total * decay + sums * (1 - decay)
+    if compat is None:
+        hit = counts > 0
+        codes = torch.where(hit[:, None], total / torch.where(hit, count, 1.0)[:, None], state.codes)
+    else:
+        tokens = count.sum()
+        smooth = (count + epsilon) / (tokens + len(count) * epsilon) * tokens
+        codes = total / smooth[:, None]
+    return State(codes, count, total)
+
+
+def _plus_plus(tokens: Tensor, codebook_size: int, generator: torch.Generator) -> Tensor:
+    """k-means++ seeding: each next code is a token drawn in proportion to its squared distance."""
+    draws = torch.rand(codebook_size, generator=generator, dtype=torch.float64, device="cpu")
+    draws = draws.to(tokens.device)
+    norms = tokens.square().sum(1)
+    chosen = (draws[0] * len(tokens)).long().clamp(max=len(tokens) - 1)
+    codes = [tokens[chosen]]
+    distance = torch.full_like(norms, torch.inf)
+    for draw in draws[1:]:
+        latest = codes[-1]
+        distance = torch.minimum(
+            distance, (norms - 2 * (tokens @ latest) + latest.square().sum()).clamp(min=0)
+        )
+        cumulative = distance.double().cumsum(0)
+        # With fewer different tokens than codes every distance is zero and the draw falls on the last token.
+        chosen = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp(max=len(tokens) - 1)
+        codes.append(tokens[chosen])
+    return torch.stack(codes)
+
+
+def _assign(tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    return code_sums(tokens, nearest(tokens, codes), len(codes))

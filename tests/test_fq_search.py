@@ -1,0 +1,205 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fq.search import code_sums, nearest
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def distances(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Squared distances in float64, difference first: no cancellation."""
+    return (features.double()[:, None] - codebook.double()).square().sum(2)
+
+
+def assert_nearest(indices: torch.Tensor, features: torch.Tensor, codebook: torch.Tensor) -> None:
+    """The contract: excess over the true minimum at most 8 · 2^-24 · (||x|| + ||e||)²."""
+    assert indices.dtype == torch.int64 and indices.shape == (len(features),)
+    exact = distances(features, codebook)
+    best, true = exact.min(1)
+    norms = codebook.double().norm(dim=1)
+    longer = torch.maximum(norms[indices], norms[true])
+    slack = 8 * 2.0**-24 * (features.double().norm(dim=1) + longer).square()
+    excess = exact.gather(1, indices[:, None])[:, 0] - best
+    assert (excess <= slack).all(), (excess / slack).max()
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=seeds,
+    n=st.integers(1, 90),
+    k=st.sampled_from([1, 2, 31, 32, 33, 50, 64, 256, 257, 300, 511, 1024, 1100]),
+    d=st.sampled_from([1, 2, 7, 16, 33, 130]),
+    kind=st.sampled_from(["normal", "relu", "offset", "tiny", "alive among exploded", "sphere"]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_nearest_meets_the_exactness_contract(seed, n, k, d, kind, dtype):
+    features, codebook = normal(seed, n, d), normal(seed + 1, k, d)
+    if kind == "relu":
+        features = features.relu()
+    elif kind == "offset":
+        features, codebook = features * 0.1 + 20, codebook * 0.1 + 20
+    elif kind == "tiny":
+        features = features * 1e-3
+    elif kind == "sphere":
+        codebook = codebook / codebook.norm(dim=1, keepdim=True)
+    elif kind == "alive among exploded":
+        codebook[1::2] *= 1e5 / codebook[1::2].norm(dim=1, keepdim=True)
+    features = features.to(dtype)
+    codebook = codebook.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_nearest(nearest(features, codebook), features, codebook)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=seeds,
+    n=st.integers(1, 70),
+    k=st.sampled_from([1, 2, 5, 50, 300, 1030]),
+    d=st.sampled_from([1, 2, 3, 40]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_ties_between_different_codes_go_to_the_lowest_index(seed, n, k, d, dtype):
+    # Small integers make every score exact, so that equal distances are equal scores, and there are many.
+    draw = torch.Generator().manual_seed(seed)
+    features = torch.randint(-2, 3, (n, d), generator=draw).to(dtype)
+    codebook = torch.randint(-2, 3, (k, d), generator=draw).float()
+    exact = distances(features, codebook)
+    lowest = (exact == exact.min(1, keepdim=True).values).double().argmax(1)
+    assert torch.equal(nearest(features, codebook), lowest)
+
+
+@settings(max_examples=120, deadline=None)
+@given(seed=seeds, n=st.integers(1, 70), k=st.integers(1, 400), d=st.integers(1, 70),
+       dtype=st.sampled_from(DTYPES))  # fmt: skip
+def test_of_equal_codes_the_first_is_returned(seed, n, k, d, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    codebook = normal(seed, k, d).to(wide)
+    features = normal(seed + 1, n, d).to(dtype)
+    tripled = torch.cat([codebook, codebook, codebook])
+    indices = nearest(features, tripled)
+    assert indices.max() < k
+    assert_nearest(indices, features, codebook)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codebook_size", [1, 50, 300])
+@pytest.mark.parametrize("tokens", [7, 16, 50])
+def test_a_token_with_nan_gets_code_zero_and_disturbs_no_other(dtype, codebook_size, tokens):
+    features = normal(0, tokens, 24).to(dtype)
+    codebook = normal(1, codebook_size, 24).float()
+    clean = nearest(features, codebook)
+    features[3, 5] = torch.nan
+    features[5] = torch.nan
+    indices = nearest(features, codebook)
+    assert indices[3] == 0 and indices[5] == 0
+    others = [row for row in range(tokens) if row not in (3, 5)]
+    assert torch.equal(indices[others], clean[others])
+
+
+def test_infinite_tokens_still_get_a_valid_index():
+    features = normal(0, 40, 8).float()
+    features[0], features[1, 2], features[2] = torch.inf, -torch.inf, -torch.inf
+    for codebook_size in (5, 64, 300):
+        indices = nearest(features, normal(1, codebook_size, 8).float())
+        assert indices.min() >= 0 and indices.max() < codebook_size
+
+
+@settings(max_examples=40, deadline=None)
+@given(chunk_size=st.integers(1, 400), k=st.sampled_from([3, 50, 700]), dtype=st.sampled_from(DTYPES))
+def test_any_chunk_size_gives_the_same_codes(chunk_size, k, dtype):
+    codebook = normal(0, k, 12).float()
+    features = (codebook[torch.arange(333) % k] + 0.05 * normal(1, 333, 12)).to(dtype)
+    assert torch.equal(nearest(features, codebook, chunk_size=chunk_size), torch.arange(333) % k)
+
+
+@pytest.mark.parametrize("codebook_size", [4, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_tokens_give_no_indices(codebook_size, dtype):
+    indices = nearest(torch.zeros(0, 6, dtype=dtype), torch.zeros(codebook_size, 6, dtype=dtype))
+    assert indices.shape == (0,) and indices.dtype == torch.int64
+
+
+def test_tokens_and_codes_may_be_strided_views():
+    features, codebook = normal(0, 20, 16).float(), normal(1, 16, 40).float()
+    assert torch.equal(nearest(features.t().contiguous().t(), codebook.t()),
+                       nearest(features, codebook.t().contiguous()))  # fmt: skip
+    assert torch.equal(nearest(features[:, ::2], codebook[::2].t()),
+                       nearest(features[:, ::2].contiguous(), codebook[::2].t().contiguous()))  # fmt: skip
+
+
+def test_search_stays_float32_under_autocast_and_keeps_no_graph():
+    codebook = torch.tensor([[1.0], [1.001]], requires_grad=True)  # equal in bfloat16
+    features = torch.tensor([[1.0009]], requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        indices = nearest(features, codebook)
+    assert indices.tolist() == [1] and not indices.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("features", "codebook", "chunk_size", "message"),
+    [
+        ((4, 3), (2, 5), None, "features have 3 channels but the codebook has 5"),
+        ((4, 3), (0, 3), None, "the codebook has 0 codes: give it at least one"),
+        ((4, 3, 2), (2, 3), None, r"shape \[4, 3, 2\] .* pass matrices \[N, D\] and \[K, D\]"),
+        ((4, 3), (3,), None, r"the codebook \[3\]: pass matrices"),
+        ((4, 3), (2, 3), 0, "chunk_size is 0: give a positive number"),
+    ],
+)
+def test_unusable_input_is_refused(features, codebook, chunk_size, message):
+    with pytest.raises(ValueError, match=message):
+        nearest(torch.zeros(features), torch.zeros(codebook), chunk_size=chunk_size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, n=st.integers(0, 60), k=st.integers(1, 40), d=st.integers(1, 9))
+def test_code_sums_equal_a_loop(seed, n, k, d):
+    features = normal(seed, n, d)
+    indices = torch.randint(0, k, (n,), generator=torch.Generator().manual_seed(seed))
+    counts, sums = code_sums(features, indices, k)
+    expected_counts, expected_sums = torch.zeros(k, dtype=torch.float64), features.new_zeros(k, d)
+    for token, code in zip(features, indices.tolist(), strict=True):
+        expected_counts[code] += 1
+        expected_sums[code] += token
+    assert torch.equal(counts, expected_counts)
+    torch.testing.assert_close(sums, expected_sums, rtol=0, atol=1e-13)
+
+
+def test_code_sums_keep_counts_that_half_precision_would_lose():
+    counts, sums = code_sums(torch.ones(5001, 2), torch.zeros(5001, dtype=torch.int64), 2)
+    assert counts.tolist() == [5001.0, 0.0] and sums.tolist() == [[5001.0, 5001.0], [0.0, 0.0]]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_tensor_of_tokens_times_codes_is_made(dtype):
+    tokens, codes = 1 << 15, 512
+    features, codebook = torch.randn(tokens, 2, dtype=dtype), torch.randn(codes, 2, dtype=dtype)
+    with LargestTensor() as seen:
+        indices = nearest(features, codebook)
+        code_sums(features, indices, codes)
+    assert tokens * 2 <= seen.largest <= tokens * codes // 8
+
+
+def test_the_detector_of_large_tensors_sees_one():
+    with LargestTensor() as seen:
+        torch.cdist(torch.randn(100, 2), torch.randn(50, 2))
+    assert seen.largest == 5000
