@@ -6,7 +6,8 @@ where.
 
 from fq import stats
 from fq.attach import Handle, attach, handle_of
-from fq.quantize import CodebookOptions, FeatureQuantize, FQOutput
+from fq.options import CodebookOptions
+from fq.quantize import FeatureQuantize, FQOutput
 from fq.search import nearest
 from fq.suggest import suggest
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fq import outputs
-from fq.quantize import CodebookOptions, Compat, FeatureQuantize, Mode, recomputing
+from fq.options import CodebookOptions
+from fq.quantize import Compat, FeatureQuantize, Mode, recomputing
 from fq.stats import MIXED, SiteStats, Tally
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ class Handle:
         self._without_graph: set[str] = set()  # layers whose latest loss was made with gradients off
         self._tallies: dict[str, Tally] = {}
         self._parts: tuple[str, ...] = (MIXED,)
+        self._labels: Tensor | None = None
         self._in_generator_step = self._in_penalty = False
         self._leaf_input = False  # of the root forward that is running
 
@@ -197,7 +199,7 @@ class Handle:
         """
         tallies, self._tallies = self._tallies, {}
         return {
-            name: tallies.get(name, Tally(layer.codebook_size)).report(layer.ema_count)
+            name: tallies.get(name, Tally(layer.num_codes)).report(layer.ema_count)
             for name, layer in self.quantizers.items()
         }
 
@@ -280,9 +282,22 @@ class Handle:
         finally:
             self._parts = before
 
+    @contextmanager
+    def labels(self, labels: Tensor) -> Iterator[None]:
+        """Forwards inside have these classes, for layers with class-conditional codes (``num_classes``).
+
+        Args:
+            labels: int64 ``[B]``.
+        """
+        before, self._labels = self._labels, labels
+        try:
+            yield
+        finally:
+            self._labels = before
+
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle and deepcopy: graph-carrying losses and figures of the moment stay behind."""
-        return self.__dict__ | {"_losses": [], "_tallies": {}}
+        return self.__dict__ | {"_losses": [], "_tallies": {}, "_labels": None}
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -304,6 +319,8 @@ class Handle:
         """Run one site; returns the tensor to put in place of ``features``, or None to leave them."""
         generating = self._is_generator_step()
         held = self._in_penalty or self._leaf_input or (generating and self.generator_policy != "loss+ema")
+        # Fakes alone teach a codebook of real pictures nothing.
+        held |= quantizer.options.learn_from == "real" and not {"real", MIXED} & set(self._parts)
         updating = quantizer.updates(False if held else None)
         if not updating and not quantizer.is_ready():
             return None
@@ -315,14 +332,16 @@ class Handle:
                 f"a batch of {len(features)} does not hold the parts {parts} in equal shares: "
                 "give a batch that is a multiple of their number, or label separate forwards"
             )
-        result = quantizer.quantize(features, updating)
+        learn = self._learn(name, quantizer, len(features), features.device) if updating else None
+        result = quantizer.run(features, updating, self._labels_of(name, quantizer, len(features)), learn)
         silent = self._in_penalty or (generating and self.generator_policy == "none")
         # A re-computed segment must build the same graph, but its loss was counted the first time.
         if recomputing():
             self._refuse_reentrant(name)
         else:
             if not self._in_penalty:
-                self._tally(name, quantizer, features, result.indices, result.loss)
+                tally = self._tallies.setdefault(name, Tally(quantizer.num_codes))
+                tally.add(result.indices, result.error.detach().mean(), self._parts)
             if not silent and quantizer.commitment_weight > 0:
                 # A generator step sees its fakes alone: one part.
                 self._keep(name, result.loss if generating else result.loss * self.concat_parts)
@@ -347,23 +366,38 @@ class Handle:
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
 
-    def _tally(
-        self, name: str, quantizer: FeatureQuantize, features: Tensor, indices: Tensor, loss: Tensor
-    ) -> None:
-        if quantizer.commitment_weight > 0:
-            error = loss.detach() / quantizer.commitment_weight
-        else:
-            axis = -1 if quantizer.options.channel_last else 1
-            wide = features.detach().movedim(axis, -1).to(quantizer.codebook.dtype)
-            codes = quantizer.codebook if quantizer._before is None else quantizer._before
-            error = (wide - nn.functional.embedding(indices, codes)).square().mean()
-        self._tallies.setdefault(name, Tally(quantizer.codebook_size)).add(indices, error, self._parts)
+    def _learn(
+        self, name: str, quantizer: FeatureQuantize, batch_size: int, device: torch.device
+    ) -> Tensor | None:
+        """Which samples may move the codebook: bool ``[B]``, or None for all."""
+        if quantizer.options.learn_from == "all":
+            return None
+        if MIXED in self._parts:
+            raise ValueError(
+                f"layer {name!r} learns from real pictures alone, but this batch has no label: run the "
+                'forward inside handle.part("real"), part("fake") or part(parts=("fake", "real"))'
+            )
+        real = torch.tensor([part == "real" for part in self._parts], device=device)
+        return real.repeat_interleave(batch_size // len(self._parts))
+
+    def _labels_of(self, name: str, quantizer: FeatureQuantize, batch_size: int) -> Tensor | None:
+        if not quantizer.options.num_classes:
+            return None
+        if self._labels is None or self._labels.shape != (batch_size,):
+            given = (
+                "there are none" if self._labels is None else f"they have shape {list(self._labels.shape)}"
+            )
+            raise ValueError(
+                f"layer {name!r} has codes for each class and needs the {batch_size} samples' labels, but "
+                f"{given}: run the forward inside handle.labels(labels)"
+            )
+        return self._labels
 
 
 class _Attached(FeatureQuantize):
     """A quantiser that lives as a child of a foreign layer."""
 
-    def forward(self, features: Any, *rest: Any) -> Any:
+    def forward(self, features: Any, *rest: Any, **options: Any) -> Any:
         """Pass through: a container that runs all its children must not run this one; the hook quantises."""
         return features
 

@@ -23,6 +23,24 @@ class State(NamedTuple):
     total: Tensor
 
 
+class Layout(NamedTuple):
+    """How many codes there are: the axes of a codebook, of which the layer keeps all but the last flat."""
+
+    stages: int
+    classes: int
+    heads: int
+    size: int
+
+
+class Pool(NamedTuple):
+    """Tokens that stand ready to replace the dead codes of one stage and head."""
+
+    tokens: Tensor
+    """``[B, D, S]``, detached."""
+    labels: Tensor | None
+    """Class of each sample, when codes belong to classes."""
+
+
 def draw_codes(codebook_size: int, dim: int, init: str, seed: int) -> Tensor:
     """Codes before any data: N(0, 1), or U(-1/K, 1/K) for ``init="uniform"``.
 
@@ -41,6 +59,31 @@ def draw_codes(codebook_size: int, dim: int, init: str, seed: int) -> Tensor:
     else:
         codes = torch.randn(codebook_size, dim, generator=generator, device="cpu")
     return codes.to(torch.get_default_device())
+
+
+def rms(tokens: Tensor, dim: int) -> Tensor:
+    """Root mean square along one axis, which is kept; never 0.
+
+    Args:
+        tokens: any shape.
+        dim: axis.
+
+    Returns:
+        The shape of ``tokens`` with 1 at that axis.
+    """
+    return (tokens.square().mean(dim, keepdim=True) + 1e-12).sqrt()
+
+
+def unit_rms(codes: Tensor) -> Tensor:
+    """Codes scaled to a root mean square of 1.
+
+    Args:
+        codes: ``[K, D]``.
+
+    Returns:
+        ``[K, D]``.
+    """
+    return codes / rms(codes, -1)
 
 
 def random_bits(number: int, seed: Tensor | int, stream: Tensor | int) -> Tensor:
@@ -95,7 +138,7 @@ def take_tokens(tokens: Tensor, positions: Tensor, sizes: list[int], group: bool
     """Tokens at the given positions of the batch of all ranks.
 
     Args:
-        tokens: ``[N, D]`` of this rank.
+        tokens: ``[B, D, S]`` of this rank; token ``s`` of sample ``b`` is number ``b * S + s``.
         positions: int64 ``[n]`` in ``[0, sum(sizes))``, the same on all ranks.
         sizes: tokens of every rank.
         group: whether there is a process group.
@@ -103,23 +146,62 @@ def take_tokens(tokens: Tensor, positions: Tensor, sizes: list[int], group: bool
     Returns:
         ``[n, D]``, the same bits on all ranks.
     """
+    rows, places = tokens.transpose(1, 2), max(tokens.shape[2], 1)  # [B, S, D]
     if not group:
-        return tokens[positions]
+        return rows[positions // places, positions % places]
     rank = torch.distributed.get_rank()
     local = positions - sum(sizes[:rank])
     mine = (local >= 0) & (local < sizes[rank])
     found = tokens.new_zeros(len(positions), tokens.shape[1])
-    found[mine] = tokens[local[mine]]
+    found[mine] = rows[local[mine] // places, local[mine] % places]
     # Each row has one owner and zeros elsewhere, so the sum is exact.
     torch.distributed.all_reduce(found)
     return found
+
+
+def all_of(values: Tensor, sizes: list[int], group: bool) -> Tensor:
+    """One number for each token of all ranks, in rank order.
+
+    Args:
+        values: int64 ``[sizes[rank]]`` of this rank.
+        sizes: tokens of every rank.
+        group: whether there is a process group.
+
+    Returns:
+        int64 ``[sum(sizes)]``, the same on all ranks.
+    """
+    if not group:
+        return values
+    start = sum(sizes[: torch.distributed.get_rank()])
+    gathered = values.new_zeros(sum(sizes))
+    gathered[start : start + len(values)] = values
+    torch.distributed.all_reduce(gathered)
+    return gathered
+
+
+def places_of_class(labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """For every code of every class the number of a token of that class.
+
+    Args:
+        labels: int64 ``[N]``, class of each token.
+        draws: int64 ``[C, K]``, non-negative random numbers.
+
+    Returns:
+        ``(positions [C, K], exists bool [C, K])``; where a class has no token, ``exists`` is False.
+    """
+    classes = torch.arange(len(draws), device=labels.device)
+    ordered, order = labels.sort(stable=True)
+    starts = torch.searchsorted(ordered, classes)
+    counts = torch.searchsorted(ordered, classes, right=True) - starts
+    places = (starts[:, None] + draws % counts.clamp(min=1)[:, None]).clamp(max=len(labels) - 1)
+    return order[places], (counts > 0)[:, None].expand_as(draws)
 
 
 def sample_tokens(tokens: Tensor, sizes: list[int], at_most: int, seed: Tensor, group: bool) -> Tensor:
     """Up to ``at_most`` different tokens spread over the batch of all ranks, in order.
 
     Args:
-        tokens: ``[N, D]`` of this rank.
+        tokens: ``[B, D, S]`` of this rank.
         sizes: tokens of every rank.
         at_most: largest number of rows returned.
         seed: 0-dim int64.
@@ -168,12 +250,83 @@ def codes_from_tokens(
     return codes, _assign(tokens, codes)[0]
 
 
+def first_codes(
+    tokens: Tensor, layout: Layout, seed: int, *, iterations: int | None, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """First codes of all stages, classes and heads; all classes start from the same.
+
+    Args:
+        tokens: ``[n, dim]``, n at least 1.
+        layout: of the codebook.
+        seed: as for :func:`codes_from_tokens`.
+        iterations: as for :func:`codes_from_tokens`.
+        normalize: scale the codes to a root mean square of 1.
+
+    Returns:
+        ``(codes [K, D], counts [K])`` with K all codes and D ``dim / heads``.
+    """
+    width = tokens.shape[1] // layout.heads
+    codes, counts = tokens.new_empty(*layout, width), tokens.new_empty(layout)
+    for head, left in enumerate(tokens.split(width, 1)):  # type: ignore[no-untyped-call]
+        rest = left
+        for stage in range(layout.stages):
+            found, number = codes_from_tokens(rest, layout.size, seed, iterations=iterations)
+            found = unit_rms(found) if normalize else found
+            codes[stage, :, head], counts[stage, :, head] = found, number / layout.classes
+            if stage + 1 < layout.stages:
+                rest = rest - found[nearest(rest, found)]
+    return codes.flatten(0, -2), counts.flatten()
+
+
+def revive(
+    state: State, dead: Tensor, draws: Tensor, pools: list[Pool], layout: Layout, group: bool
+) -> State:
+    """Put tokens in place of dead codes: each from those that its stage, head and class has seen.
+
+    Args:
+        state: of all codes.
+        dead: bool ``[K]``.
+        draws: int64 ``[K]``, non-negative random numbers, the same on all ranks.
+        pools: of every stage, in it of every head.
+        layout: of the codebook.
+        group: whether there is a process group.
+
+    Returns:
+        The new state; a code whose pool is empty stays.
+    """
+    tokens = pools[0].tokens
+    sizes = tokens_per_rank(tokens.shape[0] * tokens.shape[2], tokens.device, group)
+    if sum(sizes) == 0:  # a deferred update whose last forward's tokens are gone
+        return state
+    found = torch.empty_like(state.codes).view(*layout, -1)
+    exists = torch.ones_like(dead).view(layout)
+    for number, pool in enumerate(pools):
+        stage, head = divmod(number, layout.heads)
+        wanted = draws.view(layout)[stage, :, head]  # [classes, size]
+        if pool.labels is None and layout.classes == 1:
+            places = wanted % sum(sizes)
+        else:
+            labels = torch.zeros(0) if pool.labels is None else pool.labels
+            labels = labels.to(dead.device, torch.int64).repeat_interleave(pool.tokens.shape[2])
+            places, exists[stage, :, head] = places_of_class(all_of(labels, sizes, group), wanted)
+        taken = take_tokens(pool.tokens, places.flatten(), sizes, group)
+        found[stage, :, head] = taken.view(*wanted.shape, -1).to(found.dtype)
+    found, dead = found.flatten(0, -2), dead & exists.flatten()
+    # Both averages restart together: a fresh code with a stale sum would jump back at its next update.
+    mean = state.number.mean()
+    return State(
+        torch.where(dead[:, None], found, state.codes),
+        torch.where(dead, mean, state.number),
+        torch.where(dead[:, None], found * mean, state.total),
+    )
+
+
 def ema_step(
     state: State,
     counts: Tensor,
     sums: Tensor,
     *,
-    decay: float,
+    decay: Tensor | float,
     compat: str | None,
     epsilon: float,
     num_updates: Tensor,
@@ -187,7 +340,7 @@ def ema_step(
         state: codebook, count and sum before.
         counts: ``[K]`` tokens of each code in the batch of all ranks.
         sums: ``[K, D]``.
-        decay: factor of the averages.
+        decay: factor of the averages; a float under compat.
         compat: ``"torch"`` smooths the counts (Laplace), ``"tf"`` also debiases the averages, which then
             forget the first codes altogether.
         epsilon: of the Laplace smoothing.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from fq import codebook as books
-from fq.losses import commitment, straight_through
-from fq.search import code_sums, nearest
+from fq import ops
+from fq.losses import rotate
+from fq.options import CodebookOptions, integer, one_of, require
+from fq.search import kernels, wide_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,17 +25,6 @@ _READ_EVERY = 100
 Mode = Literal["regularize", "replace", "blend"]
 Compat = Literal["torch", "tf"]
 Reduction = Literal["mean", "none"]
-Init = Literal["auto", "kmeans", "data", "normal", "uniform"]
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} is {value}: give {expected}")
-
-
-def _in(value: object, choices: tuple[object, ...], name: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")
 
 
 class FQOutput(NamedTuple):
@@ -48,64 +38,13 @@ class FQOutput(NamedTuple):
     """Weighted commitment loss, float32 or wider: a scalar, or ``[B]`` with ``reduction="none"``."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CodebookOptions:
-    """How a codebook starts, stays alive and is updated.
+class Pass(NamedTuple):
+    """One forward in full: what :class:`FQOutput` tells, and the commitment before its weight."""
 
-    Raises:
-        ValueError: a value is outside its range.
-
-    Example:
-        >>> CodebookOptions(init="data", dead_code_threshold=0.0).init
-        'data'
-    """
-
-    init: Init = "auto"
-    """First codes: k-means or a sample of the first training batch, N(0, 1), or U(-1/K, 1/K).
-    ``auto`` is ``kmeans``, and ``normal`` under ``compat``."""
-    init_tokens: int = 4096
-    """Tokens of the first batch that k-means looks at; never fewer than codes."""
-    kmeans_iterations: int = 10
-    """Lloyd iterations of ``init="kmeans"``."""
-    dead_code_threshold: float | None = None
-    """A code whose EMA count is below this share of the mean count is replaced by a token of the batch; 0
-    never replaces. ``None`` is 0.03, and 0 under ``compat``."""
-    dead_code_grace: int = 10
-    """Updates after the start before any code may be replaced."""
-    blend_start: int = 0
-    """Codebook updates before ``mode="blend"`` begins to mix codes in."""
-    blend_steps: int = 1000
-    """Codebook updates over which the share of the code in the output grows linearly to ``blend_end``."""
-    blend_end: float = 1.0
-    """Largest share of the code in the output of ``mode="blend"``."""
-    deferred_update: bool = False
-    """Training forwards only add to pending statistics; ``apply_update()`` makes them one EMA step."""
-    channel_last: bool = False
-    """Input is ``[B, *spatial, dim]``, for instance tokens ``[B, T, dim]``."""
-    sync: bool = True
-    """Sum the statistics over all processes when ``torch.distributed`` is initialised."""
-    epsilon: float = 1e-5
-    """Laplace smoothing of the two original dictionaries; read under ``compat`` only."""
-    seed: int = 0
-    """Seed of the layer's own draws; the global generators are never touched."""
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
-        _in(self.init, ("auto", "kmeans", "data", "normal", "uniform"), "init")
-        for name, least in (("init_tokens", 1), ("kmeans_iterations", 0), ("dead_code_grace", 0),
-                            ("blend_start", 0), ("blend_steps", 1)):  # fmt: skip
-            _require(
-                getattr(self, name) >= least, name, getattr(self, name), f"an integer of at least {least}"
-            )
-        _require(0.0 <= self.blend_end <= 1.0, "blend_end", self.blend_end, "a share from 0 to 1")
-        _require(self.epsilon > 0, "epsilon", self.epsilon, "a positive number")
-        threshold = self.dead_code_threshold
-        _require(
-            threshold is None or 0 <= threshold < 1,
-            "dead_code_threshold",
-            threshold,
-            "a share from 0 to below 1",
-        )
+    features: Tensor
+    indices: Tensor
+    loss: Tensor
+    error: Tensor
 
 
 class FeatureQuantize(nn.Module):
@@ -123,7 +62,8 @@ class FeatureQuantize(nn.Module):
 
     Buffers: ``codebook`` [K, D], ``ema_count`` [K], ``ema_sum`` [K, D] (never below float32, whatever
     ``half()`` or autocast say), ``initialized``, ``num_updates``, ``seed``; with ``deferred_update`` also
-    ``pending_*``.
+    ``pending``, with ``divide_by_variance`` also ``ema_variance``. D is ``dim / heads``; K counts the codes
+    of all stages, classes and heads, in this order.
 
     Args:
         dim: D, channels of the features.
@@ -138,7 +78,8 @@ class FeatureQuantize(nn.Module):
         options: everything else.
 
     Raises:
-        ValueError: a setting is outside its range, or contradicts ``compat``.
+        ValueError: a setting is outside its range, or contradicts another.
+        TypeError: a size is no integer.
 
     Example:
         >>> layer = FeatureQuantize(8, 4, mode="replace")
@@ -153,8 +94,8 @@ class FeatureQuantize(nn.Module):
     initialized: Tensor
     num_updates: Tensor
     seed: Tensor
-    pending_count: Tensor
-    pending_sum: Tensor
+    ema_variance: Tensor
+    pending: Tensor
 
     def __init__(
         self,
@@ -166,42 +107,61 @@ class FeatureQuantize(nn.Module):
         mode: Mode = "regularize",
         compat: Compat | None = None,
         reduction: Reduction = "mean",
-        options: CodebookOptions = CodebookOptions(),
+        options: CodebookOptions = CodebookOptions(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
-        _require(dim >= 1, "dim", dim, "the number of channels, at least 1")
-        _require(codebook_size >= 1, "codebook_size", codebook_size, "at least one code")
-        _require(0.0 <= decay < 1.0, "decay", decay, "a moving-average factor from 0 to below 1")
-        _require(commitment_weight >= 0.0, "commitment_weight", commitment_weight, "a number of at least 0")
-        _in(mode, ("regularize", "replace", "blend"), "mode")
-        _in(compat, (None, "torch", "tf"), "compat")
-        _in(reduction, ("mean", "none"), "reduction")
+        integer(dim, "dim", 1)
+        integer(codebook_size, "codebook_size", 1)
+        require(0.0 <= decay < 1.0, "decay", decay, "a moving-average factor from 0 to below 1")
+        require(commitment_weight >= 0.0, "commitment_weight", commitment_weight, "a number of at least 0")
+        one_of(mode, ("regularize", "replace", "blend"), "mode")
+        one_of(compat, (None, "torch", "tf"), "compat")
+        one_of(reduction, ("mean", "none"), "reduction")
         self.dim, self.codebook_size = dim, codebook_size
         self.decay, self.commitment_weight = decay, commitment_weight
         self.mode, self.compat, self.reduction, self.options = mode, compat, reduction, options
-        self.init, self.dead_code_threshold = _resolve(options, compat)
+        self.init, self.dead_code_threshold = options.resolve(compat)
+        require(dim % options.heads == 0, "heads", options.heads, f"a divisor of dim, which is {dim}")
+        require(
+            mode != "regularize" or options.gradient == "straight-through",
+            "gradient", repr(options.gradient),
+            "'straight-through' under mode='regularize', whose output is its input; or another mode",
+        )  # fmt: skip
+        self.width = dim // options.heads  # of a code
+        # One matrix holds all codes, in this order.
+        self.layout = books.Layout(options.stages, max(options.num_classes, 1), options.heads, codebook_size)
+        self.num_codes = math.prod(self.layout)
         self.frozen = False
         self._held = 0  # depth of no_update()
         self._warned = False
         self._skipped: Tensor | int = 0  # updates skipped on a GPU since the count was read
         self._unread = 0
-        self._pending_tokens: Tensor | None = None
+        self._pending_pools: list[books.Pool] | None = None
         self._before: Tensor | None = None  # the codes that the latest forward searched and then moved
 
-        codes = books.draw_codes(codebook_size, dim, self.init, options.seed)
-        self.register_buffer("codebook", codes)
-        self.register_buffer("ema_count", torch.zeros(codebook_size))
+        codes = books.draw_codes(self.num_codes, self.width, self.init, options.seed)
+        self.register_buffer("codebook", books.unit_rms(codes) if options.normalize else codes)
+        self.register_buffer("ema_count", torch.zeros(self.num_codes))
         # The original starts its sum at the codes themselves, with a count of zero.
         self.register_buffer("ema_sum", codes.clone() if compat else torch.zeros_like(codes))
         self.register_buffer("initialized", torch.tensor(self.init in ("normal", "uniform")))
         self.register_buffer("num_updates", torch.tensor(0))
         self.register_buffer("seed", torch.tensor(options.seed))
+        if options.divide_by_variance:
+            self.register_buffer("ema_variance", torch.tensor(1.0))
         if options.deferred_update:
-            self.register_buffer("pending_count", torch.zeros(codebook_size))
-            self.register_buffer("pending_sum", torch.zeros(codebook_size, dim))
+            rows = self.num_codes + int(self._counts_images())
+            self.register_buffer("pending", torch.zeros(rows, self.width + 1))
         self._ready = self.init in ("normal", "uniform")
 
-    def forward(self, features: Tensor, update: bool | None = None) -> FQOutput:
+    def forward(
+        self,
+        features: Tensor,
+        update: bool | None = None,
+        *,
+        labels: Tensor | None = None,
+        learn: Tensor | None = None,
+    ) -> FQOutput:
         """Quantise, and in training move the codebook.
 
         Args:
@@ -211,55 +171,70 @@ class FeatureQuantize(nn.Module):
                 A frozen layer never updates, and neither does the re-computation of a checkpointed segment,
                 which searches the codes that the layer's latest forward searched. (With several updating
                 forwards before one backward, only ``deferred_update`` keeps them the same for all.)
+            labels: int64 ``[B]``, the class of each sample; needed with ``num_classes``.
+            learn: bool ``[B]``, samples whose tokens may move the codebook; ``None`` for all.
 
         Returns:
             ``FQOutput(features, indices, loss)``.
 
         Raises:
-            ValueError: the channels differ from ``dim``, or the batch is empty in a single process.
+            ValueError: the channels differ from ``dim``, ``labels`` or ``learn`` do not fit the batch, or the
+                batch is empty in a single process.
             TypeError: ``features`` is not a floating tensor.
         """
-        return self.quantize(features, update)
+        done = self.run(features, update, labels, learn)
+        return FQOutput(done.features, done.indices, done.loss)
 
-    def quantize(self, features: Tensor, update: bool | None = None) -> FQOutput:
-        """Same as :meth:`forward`, for callers that must not run module hooks.
+    def run(
+        self,
+        features: Tensor,
+        update: bool | None = None,
+        labels: Tensor | None = None,
+        learn: Tensor | None = None,
+    ) -> Pass:
+        """Same as :meth:`forward`, with more to tell, for callers that must not run module hooks.
 
         Args:
             features: as for :meth:`forward`.
             update: as for :meth:`forward`.
+            labels: as for :meth:`forward`.
+            learn: as for :meth:`forward`.
 
         Returns:
-            ``FQOutput(features, indices, loss)``.
+            The pass.
 
         Raises:
             ValueError: as for :meth:`forward`.
             TypeError: as for :meth:`forward`.
         """
-        self._check(features)
+        self._check(features, labels, learn)
         with torch.autocast(features.device.type, enabled=False):
-            tokens = self._tokens(features)  # [N, D]
-            values = tokens.detach()
+            raw = tokens = self._tokens(features)  # [B, dim, S]
+            scale = None
+            if self.options.normalize:
+                raw = tokens = tokens.to(wide_dtype(tokens, self.codebook))
+                scale = books.rms(
+                    tokens.view(len(tokens), -1, self.width, tokens.shape[2]), dim=2
+                )  # [B, heads, 1, S]
+                scale = scale.expand(-1, -1, self.width, -1).flatten(1, 2)
+                tokens = tokens / scale
             updating = self.updates(update)
             if updating and not self.is_ready():
                 # Not the decorator, which would make `import fq` load the compiler: seconds, for everybody.
                 initialize = self._initialize
                 if torch.compiler.is_compiling():
                     initialize = torch.compiler.disable(initialize)  # type: ignore[no-untyped-call]
-                initialize(values)
+                initialize(tokens.detach(), learn)
             codes = self._codes_to_search(updating)
-            indices = nearest(values, codes)
-            quantized = F.embedding(indices, codes.to(tokens.dtype))
-            loss = self.commitment_weight * commitment(
-                tokens, quantized, len(features), reduction=self.reduction
-            )
+            difference, error, indices, packed, pools = self._search(tokens, codes, labels, learn, updating)
+            loss = self._weight() * error
             output = features
             if self.mode != "regularize":
-                blend = self.blend()
-                output = self._like(straight_through(tokens, quantized, blend), features)
+                step = -difference.detach() if scale is None else -(difference * scale).detach()
+                output = self._output(features, raw, step)
             if updating:
-                self._observe(values, indices)
-        spatial = features.shape[1:-1] if self.options.channel_last else features.shape[2:]
-        return FQOutput(output, indices.view(len(features), *spatial), loss)
+                self._observe(tokens, packed, pools, learn)
+        return Pass(output, self._shape_of_indices(indices, features), loss, error)
 
     def updates(self, update: bool | None = None) -> bool:
         """Whether a forward called now with this ``update`` would move the codebook.
@@ -297,16 +272,21 @@ class FeatureQuantize(nn.Module):
         return progress.clamp(0.0, 1.0) * options.blend_end
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Codes of the given indices.
+        """Codes of the given indices: heads side by side, stages added up.
 
         Args:
-            indices: int64 ``[B, *spatial]``, values in ``[0, K)``.
+            indices: int64 ``[B, *spatial]``, as :meth:`forward` returns them (``[B, heads, *spatial]``,
+                ``[B, stages, *spatial]`` or both with these options).
 
         Returns:
             ``[B, dim, *spatial]``, or ``[B, *spatial, dim]`` with ``channel_last``; the dtype of
-            ``codebook``.
+            ``codebook``. With ``normalize`` each code has a root mean square of 1.
         """
         codes = F.embedding(indices, self.codebook)
+        if self.options.stages > 1:
+            codes = codes.sum(1)
+        if self.options.heads > 1:
+            codes = codes.movedim(1, -2).flatten(-2)
         return codes if self.options.channel_last else codes.movedim(-1, 1)
 
     def freeze(self, frozen: bool = True) -> None:
@@ -341,12 +321,9 @@ class FeatureQuantize(nn.Module):
                 "apply_update() was called on a layer that updates in every forward: "
                 "build it with options=CodebookOptions(deferred_update=True)"
             )
-        tokens, self._pending_tokens = self._pending_tokens, None
-        if tokens is None:  # no forward on this rank, or a checkpoint was loaded since
-            tokens = self.codebook.new_zeros(0, self.dim)
-        moved = not self.frozen and self._step(self.pending_count, self.pending_sum, tokens)
-        self.pending_count.zero_()
-        self.pending_sum.zero_()
+        pools, self._pending_pools = self._pending_pools, None
+        moved = not self.frozen and self._step(self.pending, pools)
+        self.pending.zero_()
         return moved
 
     def load_original(
@@ -398,26 +375,91 @@ class FeatureQuantize(nn.Module):
         self._before = self.codebook.clone() if moving else None
         return self.codebook
 
-    @torch.no_grad()
-    def _observe(self, tokens: Tensor, indices: Tensor) -> None:
-        counts, sums = code_sums(tokens, indices, self.codebook_size)
-        if not self.options.deferred_update:
-            self._step(counts, sums, tokens)
-            return
-        self.pending_count += counts
-        self.pending_sum += sums
-        if self.dead_code_threshold > 0:
-            self._pending_tokens = (
-                tokens.clone()
-            )  # the trunk may change its features in place before apply_update
+    def _search(
+        self, tokens: Tensor, codes: Tensor, labels: Tensor | None, learn: Tensor | None, statistics: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[books.Pool]]:
+        """All heads and stages: ``(difference, error, indices [B, stages, heads, S], packed, pools)``."""
+        options = self.options
+        batch, _, places = tokens.shape
+        if self.num_codes == self.codebook_size and not options.num_classes:
+            difference, error, indices, packed = ops.quantize(
+                tokens, codes, learn, statistics=statistics, per_sample=self.reduction == "none"
+            )
+            return difference, error, indices[:, None, None], packed, [books.Pool(tokens.detach(), None)]
+        by_place = codes.view(*self.layout, self.width)
+        numbers = torch.arange(self.num_codes, device=tokens.device).view(self.layout)
+        packed = codes.new_zeros(*self.layout, self.width + 1) if statistics else codes.new_zeros(0)
+        left = list(tokens.view(batch, options.heads, self.width, places).unbind(1))
+        found, pools, errors = [], [], codes.new_zeros(())
+        for stage in range(options.stages):
+            errors = codes.new_zeros(())  # what the last stage leaves is the commitment
+            for head in range(options.heads):
+                book = by_place[stage, :, head]  # [classes, K, width]
+                pools.append(books.Pool(left[head].detach(), labels))
+                left[head], error, inside, part = ops.quantize(
+                    left[head], book[0] if labels is None else book, learn, labels,
+                    statistics=statistics, per_sample=self.reduction == "none",
+                )  # fmt: skip
+                errors = errors + error / options.heads
+                found.append(numbers[stage, :, head].flatten()[inside])
+                if statistics:
+                    packed[stage, :, head] = part.view(-1, self.codebook_size, self.width + 1)
+        indices = torch.stack(found, 1).view(batch, options.stages, options.heads, places)
+        return torch.cat(left, 1), errors, indices, packed.flatten(0, -2), pools
 
-    def _step(self, counts: Tensor, sums: Tensor, tokens: Tensor) -> bool:
-        """One EMA update from this rank's counts [K] and sums [K, D]; none if any rank's is not finite."""
-        packed = torch.cat([sums, counts[:, None]], 1).to(self.codebook.dtype)  # [K, D + 1]: one collective
+    def _weight(self) -> Tensor | float:
+        """Factor of the loss in this forward."""
+        weight: Tensor | float = self.commitment_weight
+        if self.options.warmup_updates:
+            progress = self.num_updates.to(self.codebook.dtype) / self.options.warmup_updates
+            weight = weight * progress.clamp(max=1.0)
+        if self.options.divide_by_variance:
+            weight = weight / self.ema_variance.clamp(min=1e-12)
+        return weight
+
+    def _output(self, features: Tensor, tokens: Tensor, step: Tensor) -> Tensor:
+        """The codes in place of the features, or a share of them, in their shape, layout and dtype."""
+        tokens = tokens.to(step.dtype)
+        if self.options.gradient == "rotation":
+            step = rotate(tokens, tokens.detach() + step) - tokens
+        blend = self.blend()
+        if isinstance(blend, Tensor) or blend != 1.0:
+            step = step * blend
+        if self.options.channel_last:
+            return (tokens + step).transpose(1, 2).reshape(features.shape).to(features.dtype)
+        return (tokens + step).reshape(features.shape).to(features.dtype)
+
+    def _shape_of_indices(self, indices: Tensor, features: Tensor) -> Tensor:
+        spatial = features.shape[1:-1] if self.options.channel_last else features.shape[2:]
+        several = [n for n in (self.options.stages, self.options.heads) if n > 1]
+        return indices.reshape(len(features), *several, *spatial)
+
+    def _counts_images(self) -> bool:
+        return self.options.divide_by_variance or self.options.memory_images is not None
+
+    @torch.no_grad()
+    def _observe(self, tokens: Tensor, packed: Tensor, pools: list[books.Pool], learn: Tensor | None) -> None:
+        if self._counts_images():  # one row more: squares of the channels of a code, number of images
+            tokens = tokens.to(packed.dtype)
+            weights = tokens.new_ones(len(tokens)) if learn is None else learn.to(tokens.dtype)
+            squares = (tokens.square().sum(2) * weights[:, None]).sum(0).view(-1, self.width).sum(0)
+            packed = torch.cat([packed, torch.cat([squares, weights.sum()[None]])[None]])
+        if not self.options.deferred_update:
+            self._step(packed, pools)
+            return
+        self.pending += packed
+        if self.dead_code_threshold > 0:  # the trunk may change its features in place before apply_update
+            self._pending_pools = [books.Pool(pool.tokens.clone(), pool.labels) for pool in pools]
+
+    def _step(self, packed: Tensor, pools: list[books.Pool] | None) -> bool:
+        """One EMA update from this rank's ``packed``; none if any rank's is not finite."""
+        packed = packed.to(self.codebook.dtype)
         group = self._group()
         if group:
             torch.distributed.all_reduce(packed)
-        sums, counts = packed[:, :-1], packed[:, -1]
+        elif self._fused(packed, pools):
+            return True
+        sums, counts = packed[: self.num_codes, :-1], packed[: self.num_codes, -1]
         valid = packed.isfinite().all() & (counts.sum() > 0)
         # Reading a flag stops a GPU's queue and breaks a compiled graph, so only an eager CPU (and a group,
         # which must agree before its next collective) looks at it here; elsewhere the masked copy below does
@@ -430,45 +472,84 @@ class FeatureQuantize(nn.Module):
             if not packed.isfinite().all():
                 self._warn_not_finite()
             return False
-        new = books.ema_step(self._state(), counts, sums, decay=self.decay, compat=self.compat,
+        decay = self._decay(packed)
+        new = books.ema_step(self._state(), counts, sums, decay=decay, compat=self.compat,
                              epsilon=self.options.epsilon, num_updates=self.num_updates)  # fmt: skip
+        if self.options.normalize:
+            new = new._replace(codes=books.unit_rms(new.codes))
         if self.dead_code_threshold > 0:
-            new = self._revive(new, tokens, group)
+            new = self._revive(new, pools, group)
         for buffer, value in zip(self._state(), new, strict=True):
             buffer.copy_(torch.where(valid, value, buffer))
+        if self.options.divide_by_variance:
+            self._follow_variance(packed, decay, valid)
         self.num_updates += valid
         return True
 
-    def _revive(self, state: books.State, tokens: Tensor, group: bool) -> books.State:
+    def _decay(self, packed: Tensor) -> Tensor | float:
+        if self.options.memory_images is None:
+            return self.decay
+        return torch.exp(-packed[-1, -1] / self.options.memory_images)
+
+    def _follow_variance(self, packed: Tensor, decay: Tensor | float, valid: Tensor) -> None:
+        """Moving average of the features' variance, their channels taken one by one."""
+        stage = packed[: self.num_codes // self.options.stages]  # the first stage's tokens are the features
+        tokens = stage[:, -1].sum().clamp(min=1)
+        if self.options.heads > 1:
+            stage = stage.view(-1, self.options.heads, self.codebook_size, self.width + 1).sum((0, 2))
+        else:
+            stage = stage.sum(0, keepdim=True)  # [heads, width + 1]
+        mean = stage[:, :-1] / stage[:, -1:].clamp(min=1)
+        mean_square = packed[-1, :-1].sum() / (tokens * self.width)
+        variance = (mean_square - mean.square().mean()).clamp(min=0)
+        following = self.ema_variance * decay + variance * (1 - decay)
+        following = torch.where(self.num_updates > 0, following, variance)
+        self.ema_variance.copy_(torch.where(valid, following, self.ema_variance))
+
+    def _fused(self, packed: Tensor, pools: list[books.Pool] | None) -> bool:
+        """The same step by the fused kernels, where they know all of it."""
+        if torch.compiler.is_compiling() or self.compat or self.options.normalize:
+            return False
+        if self.num_codes > self.codebook_size or self._counts_images() or not pools:
+            return False
+        if self.options.num_classes or self.codebook.dtype != torch.float32:
+            return False
+        fused = kernels(packed, packed.dtype)
+        if fused is None:
+            return False
+        self._watch(
+            fused.ema_update_(
+                *self._state(), self.num_updates, self.seed, packed, pools[0].tokens, decay=self.decay,
+                dead_code_threshold=self.dead_code_threshold, dead_code_grace=self.options.dead_code_grace,
+            )
+        )  # fmt: skip
+        return True
+
+    def _revive(self, state: books.State, pools: list[books.Pool] | None, group: bool) -> books.State:
         """Replace codes with hardly any mass by tokens of the batch, the same on all ranks."""
         dead = state.number < self.dead_code_threshold * state.number.mean()
         dead &= self.num_updates >= self.options.dead_code_grace
         if group and not dead.any():
             return state
-        sizes = books.tokens_per_rank(len(tokens), tokens.device, group)
-        if sum(sizes) == 0:  # a deferred update whose last forward's tokens are gone
-            return state
-        draws = books.random_bits(self.codebook_size, self.seed, self.num_updates) % sum(sizes)
-        found = books.take_tokens(tokens, draws, sizes, group).to(state.codes.dtype)
-        # Both averages restart together: a fresh code with a stale sum would jump back at its next update.
-        mean = state.number.mean()
-        return books.State(
-            torch.where(dead[:, None], found, state.codes),
-            torch.where(dead, mean, state.number),
-            torch.where(dead[:, None], found * mean, state.total),
-        )
+        if pools is None:  # no forward on this rank since a checkpoint was loaded
+            nothing = books.Pool(self.codebook.new_zeros(0, self.width, 1), None)
+            pools = [nothing] * (self.layout.stages * self.layout.heads)
+        draws = books.random_bits(self.num_codes, self.seed, self.num_updates)
+        return books.revive(state, dead, draws, pools, self.layout, group)
 
     @torch.no_grad()
-    def _initialize(self, tokens: Tensor) -> None:
+    def _initialize(self, tokens: Tensor, learn: Tensor | None) -> None:
         """Codes from the first training batch whose tokens are finite."""
         group = self._group()
-        sizes = books.tokens_per_rank(len(tokens), tokens.device, group)
+        tokens = tokens if learn is None else tokens[learn]
+        sizes = books.tokens_per_rank(tokens.shape[0] * tokens.shape[2], tokens.device, group)
         at_most = max(self.options.init_tokens, self.codebook_size)
-        drawn = books.sample_tokens(tokens, sizes, at_most, self.seed, group)
+        drawn = books.sample_tokens(tokens, sizes, at_most, self.seed, group)  # [n, dim]
+        drawn = drawn.to(self.codebook.dtype)
         if not len(drawn) or not drawn.isfinite().all():
             return
-        codes, counts = books.codes_from_tokens(
-            drawn, self.codebook_size, int(self.seed),
+        codes, counts = books.first_codes(
+            drawn, self.layout, int(self.seed), normalize=self.options.normalize,
             iterations=self.options.kmeans_iterations if self.init == "kmeans" else None,
         )  # fmt: skip
         if group:  # the same tokens need not give the same bits on different hardware
@@ -477,6 +558,8 @@ class FeatureQuantize(nn.Module):
         self.codebook.copy_(codes)
         self.ema_count.copy_(counts * (sum(sizes) / len(drawn)))
         self.ema_sum.copy_(self.codebook * self.ema_count[:, None])
+        if self.options.divide_by_variance:
+            self.ema_variance.copy_(drawn.var(0, correction=0).mean())
         self.initialized.fill_(True)
         self._ready = True
 
@@ -506,7 +589,7 @@ class FeatureQuantize(nn.Module):
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
 
-    def _check(self, features: Tensor) -> None:
+    def _check(self, features: Tensor, labels: Tensor | None, learn: Tensor | None) -> None:
         if not isinstance(features, Tensor) or not features.is_floating_point():
             kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features are {kind}: pass a floating tensor [B, {self.dim}, *spatial]")
@@ -518,6 +601,18 @@ class FeatureQuantize(nn.Module):
                 f"{layout}: build FeatureQuantize with dim equal to the channels of the layer, and "
                 "channel_last to match its layout"
             )
+        classes = self.options.num_classes
+        if (labels is None) == bool(classes):
+            raise ValueError(
+                f"num_classes is {classes} but labels are {'missing' if labels is None else 'given'}: build "
+                "the layer with CodebookOptions(num_classes=...) and pass the class of every sample"
+            )
+        for name, value in (("labels", labels), ("learn", learn)):
+            if value is not None and value.shape != (len(features),):
+                raise ValueError(
+                    f"{name} have shape {list(value.shape)}: give one value for each of the "
+                    f"{len(features)} samples"
+                )
         if features.numel() == 0 and not self._group():
             raise ValueError(
                 f"features of shape {list(features.shape)} hold no token: give at least one sample, or leave "
@@ -525,17 +620,14 @@ class FeatureQuantize(nn.Module):
             )
 
     def _tokens(self, features: Tensor) -> Tensor:
-        dtype = torch.promote_types(features.dtype, self.codebook.dtype)
-        pattern = "b ... d -> (b ...) d" if self.options.channel_last else "b d ... -> (b ...) d"
-        return rearrange(features, pattern).to(dtype)
-
-    def _like(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Tokens [N, D] back in the shape, memory format and dtype of ``features``; never a view of them."""
+        """``[B, dim, S]``, a view where the layout allows one; on a CPU, tokens lie in rows."""
         if self.options.channel_last:
-            return tokens.view(features.shape).to(features.dtype)
-        shape = (len(features), *features.shape[2:], self.dim)
-        output = tokens.view(shape).movedim(-1, 1).to(features.dtype)
-        return output.contiguous() if features.is_contiguous() else output
+            tokens = features.reshape(len(features), math.prod(features.shape[1:-1]), self.dim).transpose(
+                1, 2
+            )
+        else:
+            tokens = features.reshape(len(features), self.dim, math.prod(features.shape[2:]))
+        return tokens
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FeatureQuantize:
         """Follow ``to``, ``half`` and the like, but keep every floating buffer at float32 or wider."""
@@ -555,7 +647,7 @@ class FeatureQuantize(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle and deepcopy, without what is kept of the latest forward."""
-        return self.__dict__ | {"_pending_tokens": None, "_before": None}
+        return self.__dict__ | {"_pending_pools": None, "_before": None}
 
 
 def recomputing() -> bool:
@@ -563,19 +655,3 @@ def recomputing() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
-
-
-def _resolve(options: CodebookOptions, compat: str | None) -> tuple[str, float]:
-    """Concrete ``init`` and ``dead_code_threshold``; the originals know neither data nor replacement."""
-    if compat is None:
-        threshold = options.dead_code_threshold
-        return ("kmeans" if options.init == "auto" else options.init), (
-            0.03 if threshold is None else threshold
-        )
-    if options.init not in ("auto", "normal") or options.dead_code_threshold:
-        raise ValueError(
-            f"compat={compat!r} reproduces an original dictionary, which starts from N(0, 1) and replaces no "
-            f"code, but options ask for init={options.init!r}, "
-            f"dead_code_threshold={options.dead_code_threshold}: leave both at their defaults, or drop compat"
-        )
-    return "normal", 0.0

@@ -1,4 +1,4 @@
-"""Nearest-centroid search and the per-code statistics of its result, in pure PyTorch.
+"""Nearest-centroid search and what a layer needs beside it, in pure PyTorch.
 
 The score of code ``e`` for token ``x`` is ``x·e - ||e||²/2``: its largest value belongs to the smallest
 distance, and the term ``||x||²``, equal for all codes, is never formed. Tokens are handled in chunks, so
@@ -7,21 +7,25 @@ memory does not grow with their number.
 
 from __future__ import annotations
 
+import functools
+import os
+import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # A score block of this many numbers (8 MiB) stays in a CPU's last-level cache; a GPU wants larger launches.
 _CPU_SCORES, _GPU_SCORES = 1 << 21, 1 << 24
-# Read once: a compiled graph cannot ask.
-_ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_GROUP = 32  # codes reduced by one vectorised amax before the scalar argmax
+_LANES = 64  # groups of codes whose maxima one vectorised pass takes side by side
+_BATCH = 16  # rows of the batch axis below which a 1x1 convolution falls back to MKL on one thread
+GEMM_VARIABLE = "FQ_CPU_GEMM"
+"""Environment variable that fixes the matrix product of the CPU search, ``conv`` or ``mm``."""
 
 
 def nearest(features: Tensor, codebook: Tensor, *, chunk_size: int | None = None) -> Tensor:
@@ -33,7 +37,8 @@ def nearest(features: Tensor, codebook: Tensor, *, chunk_size: int | None = None
     Args:
         features: ``[N, D]``, floating.
         codebook: ``[K, D]``, floating, on the device of ``features``.
-        chunk_size: tokens handled at once; ``None`` picks a number that keeps the scores in cache.
+        chunk_size: tokens handled at once; ``None`` picks a number that keeps the scores in cache (the fused
+            CUDA kernel has no scores to keep and does not look at it).
 
     Returns:
         int64 ``[N]``, values in ``[0, K)``.
@@ -47,18 +52,157 @@ def nearest(features: Tensor, codebook: Tensor, *, chunk_size: int | None = None
         tensor([1])
     """
     _check(features, codebook, chunk_size)
-    dtype = torch.promote_types(torch.promote_types(features.dtype, codebook.dtype), torch.float32)
-    with (
-        torch.no_grad(),
-        torch.autocast(features.device.type, enabled=False),
-        _full_precision(features.device),
-    ):
-        codes = codebook.detach().to(dtype)
-        size = chunk_size or _default_chunk(len(codes), features.device)
-        through_conv = _ONEDNN and dtype == torch.float32 and features.device.type == "cpu"
-        best = _BestByConv(codes) if through_conv else _BestByGemm(codes)
-        found = [best(chunk.detach().to(dtype)) for chunk in torch.split(features, size)]
-        return torch.cat(found) if len(found) != 1 else found[0]
+    if torch.compiler.is_compiling():
+        found: Tensor = torch.ops.fq.nearest(features, codebook, chunk_size or 0)
+        return found
+    return search(features, codebook, chunk_size)
+
+
+@torch.no_grad()
+def search(features: Tensor, codebook: Tensor, chunk_size: int | None = None) -> Tensor:
+    """What :func:`nearest` does, without its checks.
+
+    Args:
+        features: ``[N, D]``.
+        codebook: ``[K, D]``.
+        chunk_size: as for :func:`nearest`.
+
+    Returns:
+        int64 ``[N]``.
+    """
+    if len(features) == 0:
+        return torch.empty(0, dtype=torch.int64, device=features.device)
+    dtype = wide_dtype(features, codebook)
+    if fused := kernels(features, dtype):
+        found: Tensor = fused.nearest(features.t()[None], codebook.to(dtype))[0]
+        return found
+    with torch.autocast(features.device.type, enabled=False), _full_precision(features.device):
+        size = chunk_size or _default_chunk(len(codebook), features.device)
+        best = _best(codebook.detach().to(dtype))
+        found_chunks = [best(chunk.detach().to(dtype)) for chunk in torch.split(features, size)]
+        return torch.cat(found_chunks) if len(found_chunks) != 1 else found_chunks[0]
+
+
+@torch.no_grad()
+def quantize(
+    features: Tensor,
+    codebook: Tensor,
+    learn: Tensor | None,
+    labels: Tensor | None,
+    statistics: bool,
+    per_sample: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Nearest codes, the way to them, its mean square, and the statistics of an EMA step, in few passes.
+
+    Args:
+        features: ``[B, D, S]``, any strides.
+        codebook: ``[K, D]``, or ``[C, K, D]`` with ``labels``.
+        learn: bool ``[B]``: samples whose tokens count in the statistics; ``None`` for all.
+        labels: int64 ``[B]``: the class of each sample, whose codes alone are searched.
+        statistics: whether to make them.
+        per_sample: one mean a sample instead of one in all.
+
+    Returns:
+        ``(difference [B, D, S], error [] or [B], indices int64 [B, S], packed)`` in the wider dtype of both
+        inputs, at least float32. ``difference`` is the token minus its code, ``error`` the mean of its
+        square, ``packed [K, D + 1]`` each code's sum of tokens and their number, or empty.
+    """
+    dtype = wide_dtype(features, codebook)
+    batch, dim, places = features.shape
+    scale = 1 / max(dim * places * (1 if per_sample else batch), 1)
+    if labels is None and (fused := kernels(features, dtype)) and features.numel():
+        indices, difference, error, packed = fused.quantize(
+            features,
+            codebook.to(dtype),
+            learn,
+            statistics=statistics,
+            loss_scale=scale,
+            per_sample=per_sample,
+        )
+        return difference, error, indices, packed
+    codes = codebook.to(dtype).reshape(-1, dim)
+    tokens = features.transpose(1, 2).reshape(-1, dim).to(dtype)  # [N, D]; a copy unless channels-last
+    if labels is None:
+        indices = search(tokens, codes)
+    else:
+        indices = search_by_class(tokens.view(batch, places, dim), codebook, labels).flatten()
+    packed = tokens.new_empty(0)
+    if statistics:
+        keys = indices
+        if learn is not None:  # tokens that do not count go to a code of their own, which is dropped
+            keys = torch.where(learn.repeat_interleave(places), indices, len(codes))
+        packed = pack(tokens, keys, len(codes))
+    owned = tokens.untyped_storage().data_ptr() != features.untyped_storage().data_ptr()
+    difference = tokens if owned else torch.empty_like(tokens)
+    squares = tokens.new_empty(len(tokens))
+    size = _default_chunk(4 * dim, features.device)
+    for start in range(0, len(tokens), size):
+        part = slice(start, start + size)
+        step = torch.sub(tokens[part], codes.index_select(0, indices[part]), out=difference[part])
+        torch.sum(step * step, 1, out=squares[part])
+    error = squares.view(batch, places).sum(1) if per_sample else squares.sum()
+    shaped = difference.view(batch, places, dim).transpose(1, 2)
+    if (
+        features.device.type != "cpu"
+    ):  # the fused kernels, and so the promise made to a compiler, keep strides
+        shaped = torch.empty_like(features, dtype=dtype).copy_(shaped)
+    return shaped, error * scale, indices.view(batch, places), packed
+
+
+@torch.no_grad()
+def search_by_class(features: Tensor, codebook: Tensor, labels: Tensor) -> Tensor:
+    """Nearest code of each token among the codes of its sample's class; ties and NaN as in :func:`nearest`.
+
+    Args:
+        features: ``[B, S, D]``.
+        codebook: ``[C, K, D]``.
+        labels: int64 ``[B]``, values in ``[0, C)``.
+
+    Returns:
+        int64 ``[B, S]``, values in ``[0, C * K)``: class and code in one number.
+    """
+    dtype = wide_dtype(features, codebook)
+    codebook = codebook.to(dtype)
+    size, places = codebook.shape[1], features.shape[1]
+    bias = codebook.square().sum(2).mul_(-0.5)  # [C, K]
+    found = [torch.empty(0, places, dtype=torch.int64, device=features.device)]
+    samples = max(1, _default_chunk(size, features.device) // max(places, 1))
+    with _full_precision(features.device):
+        for part, label in zip(torch.split(features, samples), torch.split(labels, samples), strict=True):
+            codes = codebook[label].transpose(1, 2)  # [b, D, K]
+            scores = torch.baddbmm(bias[label][:, None], part.to(dtype), codes)  # [b, S, K]
+            top, index = scores.max(2)
+            found.append(index.masked_fill_(top.isnan(), 0) + label[:, None] * size)
+    return torch.cat(found)
+
+
+def pack(features: Tensor, indices: Tensor, codebook_size: int) -> Tensor:
+    """Sums and numbers of every code's tokens as one matrix, so that processes exchange one tensor.
+
+    Args:
+        features: ``[N, D]``, float32 or float64.
+        indices: int64 ``[N]``, values in ``[0, codebook_size]``; the last one stands for no code.
+        codebook_size: K.
+
+    Returns:
+        ``[K, D + 1]``: the sum of the tokens, then their number.
+
+    Example:
+        >>> pack(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1, 2, 1]), 2)
+        tensor([[0., 0.],
+                [5., 2.]])
+    """
+    dim = features.shape[1]
+    packed = features.new_zeros(codebook_size + 1, dim + 1)
+    if features.device.type == "cpu":
+        # One row after the other: a fixed order. On CUDA the same call is a race of atomics.
+        sums = features.new_zeros(codebook_size + 1, dim).index_add_(0, indices, features)
+        counts = torch.bincount(indices, minlength=codebook_size + 1)
+    else:
+        counts, sums = code_sums(features, indices, codebook_size + 1)
+    packed[:, :dim] = sums
+    packed[:, dim] = counts
+    return packed[:codebook_size]
 
 
 def code_sums(features: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
@@ -90,8 +234,52 @@ def code_sums(features: Tensor, indices: Tensor, codebook_size: int) -> tuple[Te
     return counts, F.embedding_bag(order, features, starts, mode="sum")
 
 
-class _BestByGemm:
-    """Best code of each token by one matrix product: the float64 reference, and every GPU."""
+def wide_dtype(features: Tensor, codebook: Tensor) -> torch.dtype:
+    """The dtype distances are formed in: the wider of both, at least float32.
+
+    Args:
+        features: any tensor.
+        codebook: any tensor.
+
+    Returns:
+        ``torch.float32`` or ``torch.float64``.
+    """
+    return torch.promote_types(torch.promote_types(features.dtype, codebook.dtype), torch.float32)
+
+
+def kernels(features: Tensor, dtype: torch.dtype) -> Any:
+    """The fused kernels, where they can serve: on CUDA, with Triton, in float32.
+
+    Args:
+        features: the tensor they would read.
+        dtype: the distances would be formed in.
+
+    Returns:
+        The module ``fq.kernels``, or ``None``.
+    """
+    if features.device.type != "cuda" or dtype != torch.float32:
+        return None
+    return _load_kernels()
+
+
+@functools.cache
+def _load_kernels() -> Any:
+    try:
+        from fq import kernels as module
+    except ImportError:  # a PyTorch without Triton
+        return None
+    return module
+
+
+def _best(codebook: Tensor) -> Callable[[Tensor], Tensor]:
+    """The form of the search for these codes."""
+    if codebook.device.type != "cpu" or codebook.dtype != torch.float32:
+        return _BestByMax(codebook)
+    return _BestOnCPU(codebook, "conv" if _conv_is_faster() else "mm")
+
+
+class _BestByMax:
+    """Best code of each token by a product and a plain maximum: float64, and GPUs without Triton."""
 
     def __init__(self, codebook: Tensor) -> None:
         self.transposed = codebook.t()  # [D, K]
@@ -105,45 +293,81 @@ class _BestByGemm:
         return self.first[index.masked_fill_(top.isnan(), 0)]
 
 
-class _BestByConv:
-    """The same scores as a 1x1 convolution over tokens laid out as channels-last pixels.
+class _BestOnCPU:
+    """Best code of each token in float32 on a CPU, by a faster product and a faster maximum.
 
-    PyTorch's CPU ``mm`` goes to MKL, which runs at less than half speed on some processors; a convolution
-    goes to oneDNN and stays true float32. With one thread a batch below 16 falls back to MKL, hence the (16,
-    D, n/16, 1) view.
+    PyTorch's CPU ``mm`` goes to MKL, which runs at less than half speed on some processors; a 1x1 convolution
+    over tokens laid out as channels-last pixels goes to oneDNN and stays true float32.
+
+    The maximum over the last axis with its index is scalar code, without it is vectorised. So the codes are
+    dealt out to columns such that one vectorised pass over ``[n, K / G, G]`` gives the maxima of G groups of
+    neighbouring codes; then come the best group, and the best of its few codes: in both the lowest index wins
+    a tie.
     """
 
-    def __init__(self, codebook: Tensor) -> None:
-        self.codebook_size = len(codebook)
-        bias = codebook.square().sum(1).mul_(-0.5)
-        padding = -len(codebook) % _GROUP
-        # Padded codes score -inf and can never win.
-        self.bias = F.pad(bias, (0, padding), value=-torch.inf)
-        self.codes = F.pad(codebook, (0, 0, 0, padding))
-        self.weight = self.codes[:, :, None, None]  # [K, D, 1, 1]
+    def __init__(self, codebook: Tensor, product: str) -> None:
+        size, dim = codebook.shape
+        self.lanes = 1 if size <= 2 * _LANES else _LANES if size > 4 * _LANES else _LANES // 2
+        # Whole vectors of columns: then equal codes get equal scores wherever they stand.
+        padding = -size % max(self.lanes, 16)
+        bias = F.pad(codebook.square().sum(1).mul_(-0.5), (0, padding), value=-torch.inf)  # never the best
+        codes = F.pad(codebook, (0, 0, 0, padding))
+        self.group = len(codes) // self.lanes  # codes of a group
+        if self.lanes > 1:  # code g * group + c goes to column c * lanes + g
+            codes = codes.view(self.lanes, self.group, dim).transpose(0, 1).reshape(-1, dim)
+            bias = bias.view(self.lanes, self.group).t().reshape(-1)
+        self.codes, self.bias, self.product = codes, bias, product
+        # MKL may sum the last columns of a tile in another order than the rest.
+        self.first = _first_equal(codebook) if product == "mm" else None
 
     def __call__(self, features: Tensor) -> Tensor:
         rows, dim = features.shape
-        even = rows - rows % 16
-        if even == 0:
-            return self._argmax(torch.addmm(self.bias, features, self.codes.t()))
-        pixels = features[:even].reshape(16, even // 16, 1, dim).permute(0, 3, 1, 2)  # channels-last
-        scores = F.conv2d(pixels, self.weight, self.bias).permute(0, 2, 3, 1).reshape(even, -1)
-        found = self._argmax(scores)
-        if even == rows:
-            return found
-        return torch.cat([found, self._argmax(torch.addmm(self.bias, features[even:], self.codes.t()))])
+        if self.product == "mm":
+            found = self._argmax(torch.addmm(self.bias, features, self.codes.t()))
+            assert self.first is not None
+            return self.first[found]
+        features = F.pad(features, (0, 0, 0, -rows % _BATCH)) if rows % _BATCH else features
+        pixels = features.view(_BATCH, -1, 1, dim).permute(0, 3, 1, 2)  # [16, D, n/16, 1], channels-last
+        scores = F.conv2d(pixels, self.codes[:, :, None, None], self.bias)
+        return self._argmax(scores.permute(0, 2, 3, 1).reshape(len(features), -1)[:rows])
 
     def _argmax(self, scores: Tensor) -> Tensor:
-        """First index of the row maximum; amax is vectorised where argmax is not, so reduce groups first."""
-        if self.codebook_size <= 8 * _GROUP:
+        """First index of the row maximum; 0 for a row with NaN."""
+        if self.lanes == 1:
             top, index = scores.max(1)
             return index.masked_fill_(top.isnan(), 0)
-        groups = scores.view(len(scores), scores.shape[1] // _GROUP, _GROUP)
-        maxima = groups.amax(2)  # [n, K / 32]
-        top, group = maxima.max(1)
-        inside = groups[torch.arange(len(scores)), group].argmax(1)
-        return (group * _GROUP + inside).masked_fill_(top.isnan(), 0)
+        table = scores.view(len(scores), self.group, self.lanes)
+        top, lane = table.amax(1).max(1)
+        column = lane[:, None, None].expand(len(scores), self.group, 1)
+        inside = table.gather(2, column)[:, :, 0].argmax(1)
+        return inside.add_(lane, alpha=self.group).masked_fill_(top.isnan(), 0)
+
+
+@functools.cache
+def _conv_is_faster() -> bool:
+    """Which product this process uses on a CPU: timed once, for the answer depends on the processor.
+
+    The environment variable ``FQ_CPU_GEMM`` (``conv`` or ``mm``) decides without a clock.
+    """
+    chosen = os.environ.get(GEMM_VARIABLE, "")
+    if chosen not in ("", "conv", "mm"):
+        raise ValueError(
+            f"{GEMM_VARIABLE} is {chosen!r}: set it to conv or mm, or leave it out to have both timed"
+        )
+    if chosen or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return chosen == "conv"
+    draw = torch.Generator("cpu").manual_seed(0)
+    codes = torch.randn(1024, 256, generator=draw, device="cpu")
+    tokens = torch.randn(1024, 256, generator=draw, device="cpu")
+    spent: dict[str, list[float]] = {"conv": [], "mm": []}
+    forms = {name: _BestOnCPU(codes, name) for name in spent}
+    for _ in range(4):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            form(tokens)
+            spent[name].append(time.perf_counter() - start)
+    # The first round warms up. A clear margin: two runs on one machine must not differ by chance.
+    return min(spent["conv"][1:]) < 1.2 * min(spent["mm"][1:])
 
 
 def _first_equal(codebook: Tensor) -> Tensor:
@@ -166,7 +390,7 @@ def _default_chunk(codebook_size: int, device: torch.device) -> int:
     scores = _CPU_SCORES if device.type == "cpu" else _GPU_SCORES
     # Below 512 rows a matrix product loses its efficiency; 16-row multiples keep the ragged tail to the last
     # chunk.
-    return min(max(scores // codebook_size, 512), 1 << 16) // 16 * 16
+    return min(max(scores // codebook_size, 512), 1 << 16) // _BATCH * _BATCH
 
 
 @contextmanager

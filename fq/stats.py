@@ -22,9 +22,9 @@ class SiteStats:
     """One attached layer since the previous report, over the tokens of this process."""
 
     codebook_size: int
-    """K."""
+    """Codes of the layer, all its stages, classes and heads together."""
     tokens: int
-    """Tokens quantised."""
+    """Tokens quantised, once for each stage and head."""
     usage: float
     """Share of the codes that were hit."""
     perplexity: float

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fq import outputs
 from fq.attach import puts_out_features, refuse_compiled, root_of, silent
-from fq.quantize import CodebookOptions, FeatureQuantize
+from fq.options import CodebookOptions
+from fq.quantize import FeatureQuantize
 
 
 class Suggestion(NamedTuple):

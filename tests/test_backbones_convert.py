@@ -223,7 +223,7 @@ def test_damaged_quantisers_are_refused():
     with pytest.raises(ValueError, match=r"embed \[8, 4\], embed_avg \[8, 4\] and cluster_size \[5\]"):
         from_fq_biggan(state | {"blocks.2.1.cluster_size": torch.zeros(5)})
     ours = from_fq_biggan(state)
-    with pytest.raises(ValueError, match=r"has the buffers .*pending_sum.* can be converted"):
-        to_fq_biggan(ours | {"blocks.2.0.fq.pending_sum": torch.zeros(4, 8)})
+    with pytest.raises(ValueError, match=r"has the buffers .*pending.* can be converted"):
+        to_fq_biggan(ours | {"blocks.2.0.fq.pending": torch.zeros(4, 9)})
     with pytest.raises(ValueError, match="has no codes yet"):
         to_fq_biggan(ours | {"blocks.2.0.fq.initialized": torch.tensor(False)})

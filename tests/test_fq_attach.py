@@ -318,7 +318,7 @@ def test_features_are_exchanged_in_any_container_and_the_trunk_may_work_in_place
     if mode == "regularize":
         assert torch.equal(actual, features)
     else:
-        codes = quantizer.decode(quantizer.quantize(features, False).indices)
+        codes = quantizer.decode(quantizer.run(features, False).indices)
         torch.testing.assert_close(actual, codes, rtol=1e-5, atol=1e-5)
 
 

@@ -555,8 +555,8 @@ def test_tokens_that_are_not_finite_skip_the_update_and_warn_once(bad, deferred)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"codebook_size": 0}, "codebook_size is 0: give at least one code"),
-        ({"dim": 0}, "dim is 0: give the number of channels"),
+        ({"codebook_size": 0}, "codebook_size is 0: give an integer of at least 1"),
+        ({"dim": 0}, "dim is 0: give an integer of at least 1"),
         ({"decay": 1.5}, "decay is 1.5: give a moving-average factor from 0 to below 1"),
         ({"decay": 1.0}, "decay is 1.0"),
         ({"decay": -0.1}, "decay is -0.1"),
