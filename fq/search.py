@@ -121,7 +121,7 @@ def quantize(
         )
         return difference, error, indices, packed
     codes = codebook.to(dtype).reshape(-1, dim)
-    tokens = features.transpose(1, 2).reshape(-1, dim).to(dtype)  # [N, D]; a copy unless channels-last
+    tokens = _rows(features).to(dtype)  # [N, D]; a copy unless channels-last
     if labels is None:
         indices = search(tokens, codes)
     else:
@@ -174,6 +174,18 @@ def search_by_class(features: Tensor, codebook: Tensor, labels: Tensor) -> Tenso
             top, index = scores.max(2)
             found.append(index.masked_fill_(top.isnan(), 0) + label[:, None] * size)
     return torch.cat(found)
+
+
+def _rows(features: Tensor) -> Tensor:
+    """Tokens in rows, ``[B, D, S]`` to ``[N, D]``: a view of channels-last features, else a copy."""
+    batch, dim, places = features.shape
+    if places < 1024 or features.stride(2) != 1 or features.device.type != "cpu":
+        return features.transpose(1, 2).reshape(-1, dim)
+    # Columns a page apart fall into the same lines of the cache; a copy of one matrix goes by blocks.
+    rows = features.new_empty(batch, places, dim)
+    for source, target in zip(features, rows, strict=True):
+        target.copy_(source.t())
+    return rows.view(-1, dim)
 
 
 def pack(features: Tensor, indices: Tensor, codebook_size: int) -> Tensor:
