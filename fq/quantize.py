@@ -405,7 +405,7 @@ class FeatureQuantize(nn.Module):
                 if statistics:
                     packed[stage, :, head] = part.view(-1, self.codebook_size, self.width + 1)
         indices = torch.stack(found, 1).view(batch, options.stages, options.heads, places)
-        return torch.cat(left, 1), errors, indices, packed.flatten(0, -2), pools
+        return torch.cat(left, 1), errors, indices, packed.view(-1, self.width + 1), pools
 
     def _weight(self) -> Tensor | float:
         """Factor of the loss in this forward."""
