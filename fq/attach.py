@@ -302,9 +302,18 @@ class Handle:
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         self._leaf_input = any(tensor.requires_grad and tensor.is_leaf for tensor in tensors)
+        # The exchange of statistics between processes runs beside the rest of this forward.
+        if _in_group():
+            for quantizer in self.quantizers.values():
+                quantizer.overlap = True
 
-    def _leave(self) -> None:
+    def _leave(self, failed: bool) -> None:
         self._leaf_input = False
+        if _in_group():
+            for quantizer in self.quantizers.values():
+                quantizer.overlap = False
+                if not failed:  # else other processes may not be there to answer
+                    quantizer.finish()
 
     def _is_generator_step(self) -> bool:
         if self._in_generator_step:
@@ -433,7 +442,7 @@ class _RootExit:
         self.handle = handle
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.handle._leave()
+        self.handle._leave(failed=output is None)
 
 
 @contextmanager
@@ -447,6 +456,12 @@ def silent(root: nn.Module) -> Iterator[None]:
         for handle in _handles(root):
             stack.enter_context(handle.penalty())
         yield
+
+
+def _in_group() -> bool:
+    if torch.compiler.is_compiling() or not torch.distributed.is_available():
+        return False
+    return torch.distributed.is_initialized()
 
 
 def _handles(root: nn.Module) -> list[Handle]:

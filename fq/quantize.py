@@ -137,6 +137,8 @@ class FeatureQuantize(nn.Module):
         self._skipped: Tensor | int = 0  # updates skipped on a GPU since the count was read
         self._unread = 0
         self._pending_pools: list[books.Pool] | None = None
+        self.overlap = False  # let the exchange between processes run on until finish()
+        self._sent: tuple[Any, Tensor, list[books.Pool]] | None = None
         self._before: Tensor | None = None  # the codes that the latest forward searched and then moved
 
         codes = books.draw_codes(self.num_codes, self.width, self.init, options.seed)
@@ -208,6 +210,7 @@ class FeatureQuantize(nn.Module):
             TypeError: as for :meth:`forward`.
         """
         self._check(features, labels, learn)
+        self.finish()  # a layer that runs twice in one forward of its model
         with torch.autocast(features.device.type, enabled=False):
             raw = tokens = self._tokens(features)  # [B, dim, S]
             scale = None
@@ -381,11 +384,14 @@ class FeatureQuantize(nn.Module):
         """All heads and stages: ``(difference, error, indices [B, stages, heads, S], packed, pools)``."""
         options = self.options
         batch, _, places = tokens.shape
+        marks = labels
+        if learn is not None:  # a token that must not learn is of no class that a dead code could ask for
+            marks = torch.where(learn, 0 if labels is None else labels, self.layout.classes)
         if self.num_codes == self.codebook_size and not options.num_classes:
             difference, error, indices, packed = ops.quantize(
                 tokens, codes, learn, statistics=statistics, per_sample=self.reduction == "none"
             )
-            return difference, error, indices[:, None, None], packed, [books.Pool(tokens.detach(), None)]
+            return difference, error, indices[:, None, None], packed, [books.Pool(tokens.detach(), marks)]
         by_place = codes.view(*self.layout, self.width)
         numbers = torch.arange(self.num_codes, device=tokens.device).view(self.layout)
         packed = codes.new_zeros(*self.layout, self.width + 1) if statistics else codes.new_zeros(0)
@@ -395,7 +401,7 @@ class FeatureQuantize(nn.Module):
             errors = codes.new_zeros(())  # what the last stage leaves is the commitment
             for head in range(options.heads):
                 book = by_place[stage, :, head]  # [classes, K, width]
-                pools.append(books.Pool(left[head].detach(), labels))
+                pools.append(books.Pool(left[head].detach(), marks))
                 left[head], error, inside, part = ops.quantize(
                     left[head], book[0] if labels is None else book, learn, labels,
                     statistics=statistics, per_sample=self.reduction == "none",
@@ -455,10 +461,29 @@ class FeatureQuantize(nn.Module):
         """One EMA update from this rank's ``packed``; none if any rank's is not finite."""
         packed = packed.to(self.codebook.dtype)
         group = self._group()
+        if group and self.overlap and pools is not None and not torch.compiler.is_compiling():
+            work = torch.distributed.all_reduce(packed, async_op=True)
+            if self.dead_code_threshold > 0:  # the trunk may change its features in place before the end
+                pools = [books.Pool(pool.tokens.clone(), pool.labels) for pool in pools]
+            self._sent = (work, packed, pools)
+            return True
         if group:
             torch.distributed.all_reduce(packed)
         elif self._fused(packed, pools):
             return True
+        return self._move(packed, pools, group)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Make the update whose statistics are on their way between processes, if there is one."""
+        if self._sent is None:
+            return
+        (work, packed, pools), self._sent = self._sent, None
+        work.wait()
+        self._move(packed, pools, True)
+
+    def _move(self, packed: Tensor, pools: list[books.Pool] | None, group: bool) -> bool:
+        """One EMA step from the statistics of all ranks."""
         sums, counts = packed[: self.num_codes, :-1], packed[: self.num_codes, -1]
         valid = packed.isfinite().all() & (counts.sum() > 0)
         # Reading a flag stops a GPU's queue and breaks a compiled graph, so only an eager CPU (and a group,
@@ -512,7 +537,7 @@ class FeatureQuantize(nn.Module):
             return False
         if self.num_codes > self.codebook_size or self._counts_images() or not pools:
             return False
-        if self.options.num_classes or self.codebook.dtype != torch.float32:
+        if pools[0].labels is not None or self.codebook.dtype != torch.float32:
             return False
         fused = kernels(packed, packed.dtype)
         if fused is None:
@@ -648,7 +673,7 @@ class FeatureQuantize(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle and deepcopy, without what is kept of the latest forward."""
-        return self.__dict__ | {"_pending_pools": None, "_before": None}
+        return self.__dict__ | {"_pending_pools": None, "_before": None, "_sent": None}
 
 
 def recomputing() -> bool:

@@ -56,7 +56,8 @@ class Discriminator(nn.Module):
         self.stem, self.body, self.head = nn.Conv2d(5, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(self.stem(x).relu()).relu().mean((2, 3)))
+        # In place: what FQ has seen is overwritten before its statistics have come back.
+        return self.head(self.body(self.stem(x).relu_()).relu_().mean((2, 3)))
 
 
 def run_attached(rank: int | None, mode: str) -> dict[str, Any]:
@@ -81,6 +82,29 @@ def run_attached(rank: int | None, mode: str) -> dict[str, Any]:
         optimizer.step()
         losses.append(loss.detach())
     return {"state": model.state_dict(), "losses": losses}
+
+
+def run_counting(rank: int) -> dict[str, Any]:
+    """Collectives of one forward of a discriminator with two sites, and when each site's update lands."""
+    model = Discriminator().double()
+    options = CodebookOptions(init="normal", dead_code_threshold=0.0)
+    handle = fq.attach(model, ["stem", "body"], codebook_size=24, options=options)
+    quantizers, calls, seen = handle.quantizers, [], {}
+    all_reduce = dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append((tuple(tensor.shape), kwargs.get("async_op", False)))
+        return all_reduce(tensor, *args, **kwargs)
+
+    def look(*_: Any) -> None:
+        seen["in the middle"] = quantizers["stem"].num_updates.item()
+
+    model.body.register_forward_pre_hook(look)
+    dist.all_reduce = counting
+    model(share(batches(3, 3)[0], rank, "equal"))
+    dist.all_reduce = all_reduce
+    seen["after"] = quantizers["stem"].num_updates.item()
+    return {"calls": calls, **seen}
 
 
 def run_not_finite(rank: int) -> dict[str, Any]:
@@ -138,6 +162,7 @@ def worker(rank: int, folder: str) -> None:
     results: dict[str, Any] = {
         "apart": run_bare(rank, "equal", "data", sync=False),
         "not finite": run_not_finite(rank),
+        "counting": run_counting(rank),
         "deferred": run_deferred(rank, 0.0),
         "deferred, reviving": run_deferred(rank, 0.5),
     }
@@ -213,6 +238,12 @@ def test_an_attached_discriminator_trains_on_two_ranks_as_on_one(ranks, mode):
     assert whole["state"]["stem.fq.num_updates"] == whole["state"]["body.fq.num_updates"] == STEPS
     for one, two, both in zip(first["losses"], second["losses"], whole["losses"], strict=True):
         torch.testing.assert_close((one + two) / 2, both, rtol=1e-12, atol=0)
+
+
+def test_a_site_sends_one_tensor_a_step_and_does_not_wait_for_it(ranks):
+    for result in (rank["counting"] for rank in ranks):
+        assert result["calls"] == [((24, 7), True), ((24, 7), True)]  # sums and counts of either site
+        assert (result["in the middle"], result["after"]) == (0, 1)
 
 
 def test_one_rank_with_nan_makes_all_skip_and_warn_once(ranks):
