@@ -8,6 +8,7 @@ killed and resumed repeats the losses of one that was not, bit for bit.
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import math
 import sys
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         train(parse(sys.argv[1:] if arguments is None else arguments))
+        # The wrapped models hold the process group, whose threads must end before Python itself does.
+        gc.collect()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:

@@ -69,11 +69,12 @@ def _cifar(results: dict[str, Any]) -> list[str]:
 
 def _overhead(result: dict[str, Any]) -> str:
     shares = ", ".join(f"{share:.1%} in mode {mode}" for mode, share in result["overhead"].items())
+    alone = "at one site alone " + ", ".join(f"{share:.1%}" for share in result["sites"].values())
     return (
         f"Cost, `python -m benchmarks.overhead`: a discriminator step of BigGAN-CIFAR (width "
-        f"{result['d_channels']}, {result['batch']}, K = {result['codebook_size']} at {result['sites']} "
+        f"{result['d_channels']}, {result['batch']}, K = {result['codebook_size']} at {len(result['sites'])} "
         f"sites, {result['threads']} thread, {result['clock']}, median of {result['repeats']} interleaved "
-        f"pairs) takes {result['plain_ms']:.0f} ms; FQ adds {shares}. {_machine(result['provenance'])}"
+        f"pairs) takes {result['plain_ms']:.0f} ms; FQ adds {shares} ({alone}). {_machine(result['provenance'])}"
     )
 
 

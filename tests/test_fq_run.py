@@ -563,7 +563,7 @@ def test_missing_accelerate_says_what_to_install():
 WORKER = """
 import sys
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
-import json, random, warnings
+import gc, json, random, warnings
 from pathlib import Path
 import numpy as np, torch
 from accelerate import Accelerator
@@ -630,7 +630,11 @@ accelerator.wait_for_everyone()
 report["one_rank"] = failure(run.resume)
 (path.parent / f"report_{rank}.json").write_text(json.dumps(report))
 accelerator.wait_for_everyone()
+# Gloo's threads end with the last object that holds the group; one that outlives Python's own end aborts.
+del net, optimizer, steps, run
+accelerator.free_memory()
 accelerator.end_training()
+gc.collect()
 """
 
 
