@@ -1,11 +1,14 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fq.search import code_sums, nearest
+import fq.search as search_module
+from fq import CodebookOptions, FeatureQuantize, ops
+from fq.search import code_sums, nearest, pack
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 seeds = st.integers(0, 2**31 - 1)
@@ -32,16 +35,30 @@ def assert_nearest(indices: torch.Tensor, features: torch.Tensor, codebook: torc
     assert (excess <= slack).all(), (excess / slack).max()
 
 
-@settings(max_examples=120, deadline=None)
+@pytest.fixture(params=["conv", "mm"])
+def product(request, monkeypatch):
+    """Both products that a CPU may choose from."""
+    monkeypatch.setattr(search_module, "_conv_is_faster", lambda: request.param == "conv")
+    return request.param
+
+
+# The product is chosen once for all examples of a test.
+settings.register_profile("fixtures", suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("fixtures")
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     seed=seeds,
     n=st.integers(1, 90),
     k=st.sampled_from([1, 2, 31, 32, 33, 50, 64, 256, 257, 300, 511, 1024, 1100]),
     d=st.sampled_from([1, 2, 7, 16, 33, 130]),
-    kind=st.sampled_from(["normal", "relu", "offset", "tiny", "alive among exploded", "sphere"]),
+    kind=st.sampled_from(
+        ["normal", "relu", "offset", "tiny", "alive among exploded", "sphere", "duplicated", "at the codes"]
+    ),
     dtype=st.sampled_from(DTYPES),
 )
-def test_nearest_meets_the_exactness_contract(seed, n, k, d, kind, dtype):
+def test_nearest_meets_the_exactness_contract(product, seed, n, k, d, kind, dtype):
     features, codebook = normal(seed, n, d), normal(seed + 1, k, d)
     if kind == "relu":
         features = features.relu()
@@ -53,6 +70,10 @@ def test_nearest_meets_the_exactness_contract(seed, n, k, d, kind, dtype):
         codebook = codebook / codebook.norm(dim=1, keepdim=True)
     elif kind == "alive among exploded":
         codebook[1::2] *= 1e5 / codebook[1::2].norm(dim=1, keepdim=True)
+    elif kind == "duplicated":
+        codebook = codebook[torch.arange(k) % max(1, k // 3)]
+    elif kind == "at the codes":
+        features = codebook[torch.arange(n) % k] + 1e-4 * features
     features = features.to(dtype)
     codebook = codebook.to(torch.float64 if dtype == torch.float64 else torch.float32)
     assert_nearest(nearest(features, codebook), features, codebook)
@@ -66,7 +87,7 @@ def test_nearest_meets_the_exactness_contract(seed, n, k, d, kind, dtype):
     d=st.sampled_from([1, 2, 3, 40]),
     dtype=st.sampled_from(DTYPES),
 )
-def test_ties_between_different_codes_go_to_the_lowest_index(seed, n, k, d, dtype):
+def test_ties_between_different_codes_go_to_the_lowest_index(product, seed, n, k, d, dtype):
     # Small integers make every score exact, so that equal distances are equal scores, and there are many.
     draw = torch.Generator().manual_seed(seed)
     features = torch.randint(-2, 3, (n, d), generator=draw).to(dtype)
@@ -79,7 +100,7 @@ def test_ties_between_different_codes_go_to_the_lowest_index(seed, n, k, d, dtyp
 @settings(max_examples=120, deadline=None)
 @given(seed=seeds, n=st.integers(1, 70), k=st.integers(1, 400), d=st.integers(1, 70),
        dtype=st.sampled_from(DTYPES))  # fmt: skip
-def test_of_equal_codes_the_first_is_returned(seed, n, k, d, dtype):
+def test_of_equal_codes_the_first_is_returned(product, seed, n, k, d, dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     codebook = normal(seed, k, d).to(wide)
     features = normal(seed + 1, n, d).to(dtype)
@@ -92,7 +113,7 @@ def test_of_equal_codes_the_first_is_returned(seed, n, k, d, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codebook_size", [1, 50, 300])
 @pytest.mark.parametrize("tokens", [7, 16, 50])
-def test_a_token_with_nan_gets_code_zero_and_disturbs_no_other(dtype, codebook_size, tokens):
+def test_a_token_with_nan_gets_code_zero_and_disturbs_no_other(product, dtype, codebook_size, tokens):
     features = normal(0, tokens, 24).to(dtype)
     codebook = normal(1, codebook_size, 24).float()
     clean = nearest(features, codebook)
@@ -104,7 +125,7 @@ def test_a_token_with_nan_gets_code_zero_and_disturbs_no_other(dtype, codebook_s
     assert torch.equal(indices[others], clean[others])
 
 
-def test_infinite_tokens_still_get_a_valid_index():
+def test_infinite_tokens_still_get_a_valid_index(product):
     features = normal(0, 40, 8).float()
     features[0], features[1, 2], features[2] = torch.inf, -torch.inf, -torch.inf
     for codebook_size in (5, 64, 300):
@@ -114,7 +135,7 @@ def test_infinite_tokens_still_get_a_valid_index():
 
 @settings(max_examples=40, deadline=None)
 @given(chunk_size=st.integers(1, 400), k=st.sampled_from([3, 50, 700]), dtype=st.sampled_from(DTYPES))
-def test_any_chunk_size_gives_the_same_codes(chunk_size, k, dtype):
+def test_any_chunk_size_gives_the_same_codes(product, chunk_size, k, dtype):
     codebook = normal(0, k, 12).float()
     features = (codebook[torch.arange(333) % k] + 0.05 * normal(1, 333, 12)).to(dtype)
     assert torch.equal(nearest(features, codebook, chunk_size=chunk_size), torch.arange(333) % k)
@@ -199,7 +220,159 @@ def test_no_tensor_of_tokens_times_codes_is_made(dtype):
     assert tokens * 2 <= seen.largest <= tokens * codes // 8
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_step_of_a_layer_makes_a_tensor_of_tokens_times_codes(training):
+    layer = FeatureQuantize(4, 512, mode="replace", options=CodebookOptions(init="normal")).train(training)
+    features = torch.randn(32, 4, 32, 32, requires_grad=True)  # 32768 tokens
+    with LargestTensor() as seen:
+        output, _, loss = layer(features)
+        (output.sum() + loss).backward()
+    assert seen.largest <= 32768 * 512 // 8
+
+
+def test_the_statistics_of_a_frozen_or_evaluated_layer_are_not_made(monkeypatch):
+    layer = FeatureQuantize(4, 8, options=CodebookOptions(init="normal"))
+    monkeypatch.setattr(search_module, "pack", lambda *_: pytest.fail("statistics were made"))
+    layer.eval()(torch.randn(3, 4, 2))
+    layer.train().freeze()
+    layer(torch.randn(3, 4, 2))
+    layer.freeze(False)
+    with pytest.raises(pytest.fail.Exception):
+        layer(torch.randn(3, 4, 2))
+
+
 def test_the_detector_of_large_tensors_sees_one():
     with LargestTensor() as seen:
         torch.cdist(torch.randn(100, 2), torch.randn(50, 2))
     assert seen.largest == 5000
+
+
+# The choice of the product
+
+
+@pytest.mark.parametrize(("value", "conv"), [("conv", True), ("mm", False)])
+def test_the_environment_may_choose_the_product(monkeypatch, value, conv):
+    monkeypatch.setenv(search_module.GEMM_VARIABLE, value)
+    search_module._conv_is_faster.cache_clear()
+    monkeypatch.setattr(search_module.time, "perf_counter", lambda: pytest.fail("a clock was read"))
+    assert search_module._conv_is_faster() is conv
+    search_module._conv_is_faster.cache_clear()
+
+
+def test_the_faster_product_is_chosen_once(monkeypatch):
+    monkeypatch.delenv(search_module.GEMM_VARIABLE, raising=False)
+    for slow, conv in (("mm", True), ("conv", False)):
+        search_module._conv_is_faster.cache_clear()
+        now, products = [0.0], []
+        init = search_module._BestOnCPU.__init__
+
+        def count(self, codebook, product, init=init, products=products):
+            products.append(product)
+            init(self, codebook, product)
+
+        def run(self, features, slow=slow, now=now):
+            now[0] += 2.0 if self.product == slow else 1.0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(search_module._BestOnCPU, "__init__", count)
+            patch.setattr(search_module._BestOnCPU, "__call__", run)
+            patch.setattr(search_module.time, "perf_counter", lambda now=now: now[0])
+            assert search_module._conv_is_faster() is conv
+            assert search_module._conv_is_faster() is conv
+        assert sorted(products) == ["conv", "mm"]
+    search_module._conv_is_faster.cache_clear()
+
+
+def test_an_unknown_product_is_refused(monkeypatch):
+    monkeypatch.setenv(search_module.GEMM_VARIABLE, "blas")
+    search_module._conv_is_faster.cache_clear()
+    with pytest.raises(ValueError, match="FQ_CPU_GEMM is 'blas': set it to conv or mm"):
+        nearest(torch.zeros(3, 2), torch.zeros(2, 2))
+
+
+# The operators
+
+
+def arguments(dtype: torch.dtype, layout: str, *, per_sample: bool, learn: bool = True) -> tuple:
+    features = normal(0, 3, 5, 7).to(dtype)
+    if layout == "rows":
+        features = features.transpose(1, 2).contiguous().transpose(1, 2)
+    codebook = normal(1, 4, 5).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    mask = torch.tensor([True, False, True]) if learn else None
+    return features.requires_grad_(), codebook, mask, None, True, per_sample
+
+
+# The check itself reads gradients of tensors that are no leaves.
+reads_gradients = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@reads_gradients
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_operator_keeps_every_promise_of_an_operator(dtype, layout, per_sample):
+    given_to_it = arguments(dtype, layout, per_sample=per_sample)
+    torch.library.opcheck(torch.ops.fq.quantize.default, given_to_it)
+
+
+@reads_gradients
+def test_the_operator_for_classes_and_the_search_do_too():
+    features, codebook, *rest = arguments(torch.float32, "columns", per_sample=False)
+    labels = torch.tensor([1, 0, 1])
+    books = torch.stack([codebook, codebook + 1])
+    torch.library.opcheck(torch.ops.fq.quantize.default, (features, books, None, labels, *rest[2:]))
+    torch.library.opcheck(torch.ops.fq.nearest.default, (features.detach()[0].t(), codebook, 0))
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_first_and_second_derivatives_are_those_for_fixed_codes(per_sample):
+    features, codebook, *_ = arguments(torch.float64, "columns", per_sample=per_sample)
+    for operator in (ops.quantize, through_the_dispatcher):
+
+        def outputs(x, operator=operator):
+            return operator(x, codebook, statistics=True, per_sample=per_sample)[:2]
+
+        assert torch.autograd.gradcheck(outputs, (features,))
+        assert torch.autograd.gradgradcheck(outputs, (features,))
+
+
+def through_the_dispatcher(x, codebook, *, statistics, per_sample):
+    return torch.ops.fq.quantize(x, codebook, None, None, statistics, per_sample)
+
+
+def test_both_routes_to_the_operator_agree():
+    for dtype in DTYPES:
+        given_to_it = arguments(dtype, "columns", per_sample=True)
+        eager = ops.quantize(*given_to_it[:3], statistics=True, per_sample=True)
+        for one, other in zip(eager, torch.ops.fq.quantize(*given_to_it), strict=True):
+            assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("mode", ["regularize", "replace", "blend"])
+def test_one_graph_serves_all_batch_sizes(mode):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer = FeatureQuantize(4, 8, mode=mode, options=CodebookOptions(init="normal"))
+    graph = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (5, 9, 30):  # none like another size: equal sizes are taken for one
+        graph(torch.randn(batch, 4, 3, 3))
+    assert counter.frame_count == 1
+
+
+def test_two_graphs_serve_all_batch_sizes_without_asking_for_it():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer = FeatureQuantize(4, 8, options=CodebookOptions(init="normal"))
+    graph = torch.compile(layer, fullgraph=True, backend=counter)
+    for batch in (5, 9, 30, 17):
+        graph(torch.randn(batch, 4, 3, 3))
+    assert counter.frame_count == 2  # the first is taken for a constant
+
+
+def test_statistics_leave_out_the_code_that_stands_for_none():
+    features = normal(0, 6, 3)
+    packed = pack(features, torch.tensor([0, 2, 1, 2, 0, 2]), 2)
+    torch.testing.assert_close(
+        packed[0], torch.cat([features[0] + features[4], torch.tensor([2.0])]).double()
+    )
+    torch.testing.assert_close(packed[1], torch.cat([features[2], torch.tensor([1.0])]).double())
