@@ -74,7 +74,7 @@ def search(features: Tensor, codebook: Tensor, chunk_size: int | None = None) ->
         return torch.empty(0, dtype=torch.int64, device=features.device)
     dtype = wide_dtype(features, codebook)
     if fused := kernels(features, dtype):
-        found: Tensor = fused.nearest(features.t()[None], codebook.to(dtype))[0]
+        found: Tensor = fused.nearest(features.t()[None], codebook.to(dtype).contiguous())[0]
         return found
     with torch.autocast(features.device.type, enabled=False), _full_precision(features.device):
         size = chunk_size or _default_chunk(len(codebook), features.device)
@@ -113,7 +113,7 @@ def quantize(
     if labels is None and (fused := kernels(features, dtype)) and features.numel():
         indices, difference, error, packed = fused.quantize(
             features,
-            codebook.to(dtype),
+            codebook.to(dtype).contiguous(),
             learn,
             statistics=statistics,
             loss_scale=scale,

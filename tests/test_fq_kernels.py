@@ -1,0 +1,375 @@
+"""The Triton kernels: interpreted on the CPU, run on a GPU where there is one, compiled for one anyway."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fq import CodebookOptions, FeatureQuantize
+from fq.search import code_sums
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = ("NCHW", "channels-last", "tokens")
+TILES = (32, 32, 32, 4, 3, False)  # several tiles of each axis even in small problems
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def laid_out(tokens, layout):
+    """Tokens [B, S, D] as features [B, D, S] in the memory of a layout."""
+    if layout == "NCHW":
+        return tokens.transpose(1, 2).contiguous()
+    return (tokens.flatten(0, 1)[None] if layout == "tokens" else tokens).transpose(1, 2)
+
+
+def rows(features):
+    """Features [B, D, S] as tokens [B * S, D]."""
+    return features.transpose(1, 2).flatten(0, 1)
+
+
+def spread(kind, tokens, codebook):
+    if kind == "offset":  # little distance between large vectors: what few bits cannot tell apart
+        return tokens * 0.1 + 20, codebook * 0.1 + 20
+    if kind == "halfway":  # hardly nearer to one code than to another, in a direction of its own
+        first, second = codebook[:35], codebook.flip(0)[:35]
+        return ((first + second) / 2 + 1e-5 * (first - second)).expand_as(tokens), codebook
+    if kind == "exploded":
+        codebook[1::2] *= 1e5 / codebook[1::2].norm(dim=1, keepdim=True)
+    return tokens, codebook
+
+
+def quantize_case(features, codebook, learn=None, config=TILES, per_sample=False, statistics=True, **more):
+    options = {"statistics": statistics, "loss_scale": 0.125, "per_sample": per_sample, "config": config}
+    return {"call": "quantize", "arguments": (features, codebook, learn), "options": options, **more}
+
+
+def nearest_case(features, codebook, config=TILES):
+    return {"call": "nearest", "arguments": (features, codebook), "options": {"config": config}}
+
+
+def search_cases():
+    """Problems whose indices are held to the contract; N = 105, D = 24 and K = 50 divide by no tile."""
+    for (name, dtype), layout, kind in product(
+        DTYPES.items(), LAYOUTS, ("normal", "offset", "halfway", "exploded")
+    ):
+        tokens, codebook = spread(kind, normal(0, 3, 35, 24), normal(1, 50, 24))
+        features = laid_out(tokens.to(dtype), layout)
+        per_sample = kind == "offset"
+        yield f"{kind} {layout} {name}", quantize_case(features, codebook.float(), per_sample=per_sample,
+                                                       statistics=kind == "normal")  # fmt: skip
+    for name, dtype in DTYPES.items():  # whole tiles, several of each axis
+        tokens, codebook = spread("offset", normal(2, 2, 32, 64), normal(3, 96, 64))
+        features = laid_out(tokens.to(dtype), "NCHW")
+        yield f"even {name}", quantize_case(features, codebook.float(), per_sample=True, statistics=False)
+        yield f"flattened {name}", nearest_case(features, codebook.float(), (*TILES[:5], True))
+    for batch, space, dim, size in ((1, 1, 1, 1), (1, 1, 5, 3), (2, 3, 1, 7), (1, 40, 33, 1), (40, 1, 3, 9)):
+        features, codebook = normal(4, batch, dim, space).float(), normal(5, size, dim).float()
+        yield f"B={batch} S={space} D={dim} K={size}", quantize_case(features, codebook, per_sample=True,
+                                                                     config=None)  # fmt: skip
+    yield "long", quantize_case(normal(8, 1, 2, 1100).float(), normal(9, 3, 2).float(), per_sample=True,
+                                statistics=False)  # fmt: skip
+    features = normal(6, 4, 24, 50).float()[::2, ::2, 1::2]
+    yield "strided", quantize_case(features, normal(7, 300, 12).float(), config=None)
+    yield "expanded", quantize_case(features[:1].expand(3, -1, -1), normal(7, 300, 12).float())
+
+
+def statistics_cases():
+    """Problems for the sums: a stretch of 16 sorted tokens lies within codes, and codes within a stretch."""
+    features, codebook = normal(10, 5, 6, 21).float(), normal(11, 40, 6).float()
+    learn = torch.tensor([True, False, True, True, False])
+    yield "many codes", quantize_case(features, codebook, sorted_rows=16, scan_cells=64)
+    far = torch.cat([codebook[:3] + 100, codebook[:1], codebook[:2] - 90])
+    yield "collapsed", quantize_case(features, far, sorted_rows=8)
+    yield "two codes", quantize_case(features, codebook[:2], sorted_rows=16, per_sample=True)
+    yield "masked", quantize_case(features, codebook, learn, sorted_rows=16)
+    yield "all masked", quantize_case(features, codebook, learn & False, sorted_rows=16)
+    yield "masked, by library", quantize_case(features, codebook, learn, sorted_rows=16, histogram_bytes=0)
+    yield "by library", quantize_case(features, codebook, sorted_rows=16, histogram_bytes=0)
+
+
+EMA = {  # threshold, grace, updates before, seed, decay
+    "young": (0.5, 5, 4, 3, 0.8),
+    "replacing": (0.9, 5, 5, -7, 0.8),
+    "replacing many, decay in memory": (0.99, 0, 70000, 2**40 + 3, torch.tensor(0.75)),
+    "never replacing": (0.0, 0, 9, 1, torch.tensor(0.5, dtype=torch.float64)),
+    "not finite": (0.9, 0, 9, 1, 0.8),
+    "no token": (0.9, 0, 9, 1, 0.8),
+}
+
+
+def ema_parts(name):
+    """A layer before an update, and the features [B, D, S] of the update."""
+    threshold, grace, updates, seed, decay = EMA[name]
+    options = CodebookOptions(init="normal", dead_code_threshold=threshold, dead_code_grace=grace)
+    dim = 130 if "many" in name or "finite" in name else 8
+    layer = FeatureQuantize(dim, 37, decay=float(decay), options=options)
+    layer.ema_count.copy_(normal(20, 37).abs())
+    layer.ema_sum.copy_(normal(21, 37, dim))
+    layer.codebook.copy_(normal(22, 37, dim))
+    layer.num_updates.fill_(updates)
+    layer.seed.fill_(seed)
+    features = normal(23, 5, dim, 21).float()
+    if name == "not finite":
+        features[4, -1, 20] = torch.nan
+    return layer, laid_out(features.transpose(1, 2), "channels-last" if "many" in name else "NCHW")
+
+
+def packed_statistics(features, indices, size):
+    counts, sums = code_sums(rows(features).float(), indices.flatten(), size)
+    return torch.cat([sums, counts[:, None]], 1)
+
+
+def ema_cases():
+    for name, (threshold, grace, _, _, decay) in EMA.items():
+        layer, features = ema_parts(name)
+        indices = layer.eval()(features).indices
+        packed = packed_statistics(features, indices, 37) * (name != "no token")
+        state = (layer.codebook, layer.ema_count, layer.ema_sum, layer.num_updates, layer.seed)
+        options = {"decay": decay, "dead_code_threshold": threshold, "dead_code_grace": grace}
+        yield name, {"call": "ema_update_", "arguments": (*state, packed, features), "options": options}
+
+
+def tie_cases():
+    """Small integers make every score exact, so that equal distances are equal scores."""
+    draw = torch.Generator().manual_seed(30)
+    for name, dtype in DTYPES.items():
+        features = torch.randint(-2, 3, (2, 3, 35), generator=draw).to(dtype)
+        codebook = torch.randint(-2, 3, (100, 3), generator=draw).float()
+        yield f"integers {name}", nearest_case(features, codebook)
+        tripled = normal(31, 50, 24).float().repeat(3, 1)
+        yield f"tripled {name}", nearest_case(normal(32, 2, 24, 35).to(dtype), tripled)
+        features = normal(33, 2, 24, 35).to(dtype)
+        yield f"clean {name}", quantize_case(features, tripled[:50], statistics=False, per_sample=True)
+        features = features.clone()
+        features[0, 5, 3], features[1, :, 7] = torch.nan, torch.nan
+        yield f"with NaN {name}", quantize_case(features, tripled[:50], statistics=False, per_sample=True)
+        features = features.clone()
+        features[0, :, 3], features[1, 4, 7], features[1, :, 8] = torch.inf, -torch.inf, -torch.inf
+        yield f"with infinity {name}", nearest_case(features, tripled[:50])
+
+
+SEARCH, STATISTICS, TIES = dict(search_cases()), dict(statistics_cases()), dict(tie_cases())
+with torch.no_grad():
+    CASES = SEARCH | STATISTICS | TIES | dict(ema_cases())
+RUNS = ["interpreter", "gpu"] if torch.cuda.is_available() else ["interpreter"]
+
+
+def worker(*arguments, **environment):
+    done = subprocess.run([sys.executable, "-W", "error", "-m", "tests.kernels_worker", *map(str, arguments)],
+                          cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def results(request, tmp_path_factory):
+    """What the kernels return for every case."""
+    folder = tmp_path_factory.mktemp("kernels")
+    torch.save(CASES, folder / "cases.pt")
+    interpret = "1" if request.param == "interpreter" else "0"
+    worker("run", folder / "cases.pt", folder / "results.pt", TRITON_INTERPRET=interpret, OMP_NUM_THREADS="1")
+    return torch.load(folder / "results.pt")
+
+
+def assert_nearest(indices, features, codebook):
+    """The contract: excess over the true minimum at most 8 · 2^-24 · (||x|| + ||e||)²."""
+    batch, _, space = features.shape
+    assert indices.dtype == torch.int64 and indices.shape == (batch, space)
+    tokens, codes, chosen = rows(features).double(), codebook.double(), indices.flatten()
+    exact = (tokens[:, None] - codes).square().sum(2)
+    best, true = exact.min(1)
+    norms = codes.norm(dim=1)
+    longer = torch.maximum(norms[chosen], norms[true])
+    slack = 8 * 2.0**-24 * (tokens.norm(dim=1) + longer).square()
+    excess = exact.gather(1, chosen[:, None])[:, 0] - best
+    assert (excess <= slack).all(), (excess / slack).max()
+
+
+@pytest.mark.parametrize("name", SEARCH)
+def test_indices_meet_the_exactness_contract(results, name):
+    features, codebook = CASES[name]["arguments"][:2]
+    assert_nearest(results[name][0], features, codebook)
+
+
+@pytest.mark.parametrize("name", [name for name in SEARCH | STATISTICS if CASES[name]["call"] == "quantize"])
+def test_difference_is_that_of_the_chosen_codes_and_lies_like_the_features(results, name):
+    features, codebook = CASES[name]["arguments"][:2]
+    indices, difference = results[name][:2]
+    assert torch.equal(difference, features.float() - codebook[indices].transpose(1, 2))
+    assert difference.stride() == torch.empty_like(features, dtype=torch.float32).stride()
+
+
+@pytest.mark.parametrize("name", [name for name in SEARCH | STATISTICS if CASES[name]["call"] == "quantize"])
+def test_loss_is_the_scaled_sum_of_squares_of_the_batch_or_of_each_sample(results, name):
+    _, difference, loss, _ = results[name]
+    expected = 0.125 * difference.double().square().sum((1, 2))
+    if not CASES[name]["options"]["per_sample"]:
+        expected = expected.sum()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in SEARCH | STATISTICS if CASES[name]["call"] == "quantize"])
+def test_packed_holds_the_sums_and_numbers_of_the_tokens_of_each_code(results, name):
+    features, codebook, learn = CASES[name]["arguments"]
+    indices, _, _, packed = results[name]
+    if not CASES[name]["options"]["statistics"]:
+        assert packed.shape == (0,) and packed.dtype == torch.float32
+        return
+    if learn is not None:
+        features, indices = features[learn], indices[learn]
+    expected = packed_statistics(features, indices, len(codebook))
+    scale = packed_statistics(features.abs(), indices, len(codebook))
+    assert torch.equal(packed[:, -1], expected[:, -1])
+    assert ((packed - expected).abs() <= 8 * 2.0**-24 * scale).all()  # also: no token, exactly zero
+
+
+def test_the_statistics_cases_cover_what_they_are_meant_to_cover(results):
+    counts = {name: results[name][3][:, -1] for name in STATISTICS}
+    assert counts["collapsed"].tolist() == [0, 0, 0, 105, 0, 0]
+    assert (counts["two codes"] > 16).all() and counts["many codes"].min() == 0
+    assert counts["masked"].sum() == 63 and counts["all masked"].sum() == 0
+
+
+def test_both_sorts_give_the_same_bits(results):
+    assert torch.equal(results["many codes"][3], results["by library"][3])
+    assert torch.equal(results["masked"][3], results["masked, by library"][3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_equal_distances_the_lowest_index_is_returned(results, dtype):
+    features, codebook = CASES[f"integers {dtype}"]["arguments"]
+    exact = (rows(features).double()[:, None] - codebook.double()).square().sum(2)
+    lowest = (exact == exact.min(1, keepdim=True).values).double().argmax(1)
+    assert torch.equal(results[f"integers {dtype}"][0].flatten(), lowest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_equal_codes_the_first_is_returned(results, dtype):
+    indices = results[f"tripled {dtype}"][0]
+    assert indices.max() < 50 and indices.unique().numel() > 10
+    assert_nearest(indices, *CASES[f"tripled {dtype}"]["arguments"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_with_nan_gets_code_zero_and_disturbs_no_other(results, dtype):
+    (clean, clean_difference, clean_loss, _), (indices, difference, loss, _) = (
+        results[f"{kind} {dtype}"] for kind in ("clean", "with NaN")
+    )
+    others = torch.ones_like(indices, dtype=torch.bool)
+    others[0, 3] = others[1, 7] = False
+    assert indices[~others].tolist() == [0, 0] and clean[~others].min() > 0
+    assert torch.equal(indices[others], clean[others])
+    untouched = others[:, None].expand_as(difference)
+    assert torch.equal(difference[untouched], clean_difference[untouched])
+    assert loss.isnan().all() and clean_loss.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_tokens_still_get_a_valid_index(results, dtype):
+    indices = results[f"with infinity {dtype}"][0]
+    assert indices.min() >= 0 and indices.max() < 50
+
+
+@pytest.mark.parametrize("name", EMA)
+def test_an_update_does_what_the_layer_does_in_pytorch(results, name):
+    layer, features = ema_parts(name)
+    before = [buffer.clone() for buffer in (layer.codebook, layer.ema_count, layer.ema_sum)]
+    skipped = name in ("not finite", "no token")
+    if not skipped:
+        layer.train()(features)
+    valid, codebook, count, total, updates, seed = results[name][:6]
+    assert valid.shape == () and valid.dtype == torch.bool and bool(valid) is not skipped
+    assert updates == layer.num_updates and seed == layer.seed
+    moved = (layer.codebook, layer.ema_count, layer.ema_sum)
+    if skipped:
+        assert all(map(torch.equal, (codebook, count, total), before))
+        return
+    assert not any(map(torch.equal, moved, before))
+    for kernels, pytorch in zip((codebook, count, total), moved, strict=True):
+        torch.testing.assert_close(kernels, pytorch, rtol=2e-6, atol=1e-6)
+    # A replaced code is a token to the bit, so the same codes were replaced, and by the same tokens.
+    replaced = (layer.codebook[:, None] == rows(features)).all(2).any(1)
+    assert replaced.sum() >= {"young": 0, "never replacing": 0, "replacing": 8}.get(name, 15)
+    assert torch.equal(codebook[replaced], layer.codebook[replaced])
+    assert torch.equal((codebook[:, None] == rows(features)).all(2).any(1), replaced)
+
+
+def test_the_layer_itself_skips_what_the_kernels_skip():
+    layer, features = ema_parts("not finite")
+    before = layer.codebook.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        layer.train()(features)
+    assert torch.equal(layer.codebook, before) and layer.num_updates == 9
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations run, and the bytes and largest number of elements of what they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.bytes, self.largest = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func._schema.name.split("::")[1])
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.bytes += sum(leaf.numel() * leaf.itemsize for leaf in made)
+        self.largest = max([self.largest, *(leaf.numel() for leaf in made)])
+        return result
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_step_is_few_launches_and_little_memory(monkeypatch, statistics):
+    from fq import kernels
+
+    launches = []
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, *_, **__: launches.append(kernel.__name__))
+    tokens, dim, size = 65536, 64, 512
+    features = torch.empty(64, dim, tokens // 64, device="meta")
+    codebook, number = (
+        torch.empty(size, dim, device="meta"),
+        torch.empty((), dtype=torch.int64, device="meta"),
+    )
+    count = torch.empty(size, device="meta")
+    with Operations() as seen:
+        *outputs, packed = kernels.quantize(features, codebook, None, statistics=statistics, loss_scale=1.0,
+                                            per_sample=False)  # fmt: skip
+        if statistics:
+            kernels.ema_update_(codebook, count, codebook, number, number, packed, features, decay=0.8,
+                                dead_code_threshold=0.03, dead_code_grace=10)  # fmt: skip
+    assert len(launches) == (7 if statistics else 2)
+    assert seen.names <= {"empty", "empty_like", "new_empty"}  # nothing that would be a launch of its own
+    assert seen.largest == tokens * dim  # the difference; tokens times codes would be eight times as many
+    made = sum(tensor.numel() * tensor.itemsize for tensor in (*outputs, packed))
+    assert seen.bytes - made <= 16 * tokens + 64 * size * dim + (32 << 20)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Every launch of the benchmark's shapes, compiled for an H100 or H200."""
+    path = tmp_path_factory.mktemp("kernels") / "compiled.json"
+    worker("compile", path, TRITON_INTERPRET="0")
+    return json.loads(path.read_text())
+
+
+def test_all_kernels_compile_for_the_benchmarks_shapes_and_fit(compiled):
+    kernels = {launch["kernel"] for launch in compiled}
+    assert len(kernels) == 7 and len({launch["case"] for launch in compiled}) == 11
+    for launch in compiled:
+        assert launch["shared"] <= 163 * 1024, launch  # an A100's; an H100 has 227
+        assert launch["stack"] <= 64, launch  # bytes that a thread keeps in memory for want of registers
+        assert launch["tensor_cores"] == (launch["kernel"] == "_search_kernel"), launch
