@@ -11,21 +11,24 @@ import functools
 import os
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-# A score block of this many numbers (8 MiB) stays in a CPU's last-level cache; a GPU wants larger launches.
-_CPU_SCORES, _GPU_SCORES = 1 << 21, 1 << 24
+# Scores of a chunk: 2 MiB stay in a core's cache; a convolution re-orders its weights in every call and wants
+# fewer; a GPU wants larger launches.
+_SCORES = {"linear": 1 << 19, "conv": 1 << 21, "mm": 1 << 20, "gpu": 1 << 24}
 _LANES = 64  # groups of codes whose maxima one vectorised pass takes side by side
+_WORTH_A_LAYOUT = 1 << 27  # multiplications from which codes laid out for oneDNN repay the laying out
 _BATCH = 16  # rows of the batch axis below which a 1x1 convolution falls back to MKL on one thread
 GEMM_VARIABLE = "FQ_CPU_GEMM"
-"""Environment variable that fixes the matrix product of the CPU search, ``conv`` or ``mm``."""
+"""Environment variable that fixes the matrix product of the CPU search: ``linear``, ``conv`` or ``mm``."""
+Product = Literal["linear", "conv", "mm"]
 
 
 def nearest(features: Tensor, codebook: Tensor, *, chunk_size: int | None = None) -> Tensor:
@@ -77,8 +80,8 @@ def search(features: Tensor, codebook: Tensor, chunk_size: int | None = None) ->
         found: Tensor = fused.nearest(features.t()[None], codebook.to(dtype).contiguous())[0]
         return found
     with torch.autocast(features.device.type, enabled=False), _full_precision(features.device):
-        size = chunk_size or _default_chunk(len(codebook), features.device)
-        best = _best(codebook.detach().to(dtype))
+        best = _best(codebook.detach().to(dtype), len(features))
+        size = chunk_size or _chunk(best.scores, len(codebook))
         found_chunks = [best(chunk.detach().to(dtype)) for chunk in torch.split(features, size)]
         return torch.cat(found_chunks) if len(found_chunks) != 1 else found_chunks[0]
 
@@ -135,7 +138,7 @@ def quantize(
     owned = tokens.untyped_storage().data_ptr() != features.untyped_storage().data_ptr()
     difference = tokens if owned else torch.empty_like(tokens)
     squares = tokens.new_empty(len(tokens))
-    size = _default_chunk(4 * dim, features.device)
+    size = _chunk(_SCORES["linear" if features.device.type == "cpu" else "gpu"], dim)
     for start in range(0, len(tokens), size):
         part = slice(start, start + size)
         step = torch.sub(tokens[part], codes.index_select(0, indices[part]), out=difference[part])
@@ -166,7 +169,8 @@ def search_by_class(features: Tensor, codebook: Tensor, labels: Tensor) -> Tenso
     size, places = codebook.shape[1], features.shape[1]
     bias = codebook.square().sum(2).mul_(-0.5)  # [C, K]
     found = [torch.empty(0, places, dtype=torch.int64, device=features.device)]
-    samples = max(1, _default_chunk(size, features.device) // max(places, 1))
+    limit = _SCORES["mm" if features.device.type == "cpu" else "gpu"]
+    samples = max(1, _chunk(limit, size) // max(places, 1))
     with _full_precision(features.device):
         for part, label in zip(torch.split(features, samples), torch.split(labels, samples), strict=True):
             codes = codebook[label].transpose(1, 2)  # [b, D, K]
@@ -283,11 +287,14 @@ def _load_kernels() -> Any:
     return module
 
 
-def _best(codebook: Tensor) -> Callable[[Tensor], Tensor]:
-    """The form of the search for these codes."""
+def _best(codebook: Tensor, tokens: int) -> _BestByMax | _BestOnCPU:
+    """The form of the search for these codes and that many tokens."""
     if codebook.device.type != "cpu" or codebook.dtype != torch.float32:
         return _BestByMax(codebook)
-    return _BestOnCPU(codebook, "conv" if _conv_is_faster() else "mm")
+    product = _cpu_product()
+    if product == "linear" and tokens * codebook.numel() < _WORTH_A_LAYOUT:
+        product = "conv"
+    return _BestOnCPU(codebook, product)
 
 
 class _BestByMax:
@@ -297,6 +304,7 @@ class _BestByMax:
         self.transposed = codebook.t()  # [D, K]
         self.bias = codebook.square().sum(1).mul_(-0.5)  # [K]
         self.first = _first_equal(codebook)
+        self.scores = _SCORES["mm" if codebook.device.type == "cpu" else "gpu"]
 
     def __call__(self, features: Tensor) -> Tensor:
         scores = torch.addmm(self.bias, features, self.transposed)  # [n, K]
@@ -308,8 +316,9 @@ class _BestByMax:
 class _BestOnCPU:
     """Best code of each token in float32 on a CPU, by a faster product and a faster maximum.
 
-    PyTorch's CPU ``mm`` goes to MKL, which runs at less than half speed on some processors; a 1x1 convolution
-    over tokens laid out as channels-last pixels goes to oneDNN and stays true float32.
+    PyTorch's CPU ``mm`` goes to MKL, which runs at less than half speed on some processors. oneDNN gets the
+    same product, in true float32, as ``conv``, a 1x1 convolution over tokens laid out as channels-last
+    pixels, or as ``linear``, the operator that compiled models use, which lays the codes out for it once.
 
     The maximum over the last axis with its index is scalar code, without it is vectorised. So the codes are
     dealt out to columns such that one vectorised pass over ``[n, K / G, G]`` gives the maxima of G groups of
@@ -317,9 +326,9 @@ class _BestOnCPU:
     a tie.
     """
 
-    def __init__(self, codebook: Tensor, product: str) -> None:
+    def __init__(self, codebook: Tensor, product: Product) -> None:
         size, dim = codebook.shape
-        self.lanes = 1 if size <= 2 * _LANES else _LANES if size > 4 * _LANES else _LANES // 2
+        self.lanes = 1 if size < 2 * _LANES else _LANES if size >= 8 * _LANES else _LANES // 2
         # Whole vectors of columns: then equal codes get equal scores wherever they stand.
         padding = -size % max(self.lanes, 16)
         bias = F.pad(codebook.square().sum(1).mul_(-0.5), (0, padding), value=-torch.inf)  # never the best
@@ -328,12 +337,18 @@ class _BestOnCPU:
         if self.lanes > 1:  # code g * group + c goes to column c * lanes + g
             codes = codes.view(self.lanes, self.group, dim).transpose(0, 1).reshape(-1, dim)
             bias = bias.view(self.lanes, self.group).t().reshape(-1)
-        self.codes, self.bias, self.product = codes, bias, product
+        self.codes, self.bias, self.product, self.scores = codes, bias, product, _SCORES[product]
+        if product == "linear":
+            rows = _chunk(self.scores, len(codes))
+            self.codes = torch.ops.mkldnn._reorder_linear_weight(codes.contiguous(), rows)
         # MKL may sum the last columns of a tile in another order than the rest.
         self.first = _first_equal(codebook) if product == "mm" else None
 
     def __call__(self, features: Tensor) -> Tensor:
         rows, dim = features.shape
+        if self.product == "linear":
+            product = torch.ops.mkldnn._linear_pointwise
+            return self._argmax(product(features.contiguous(), self.codes, self.bias, "none", [], ""))
         if self.product == "mm":
             found = self._argmax(torch.addmm(self.bias, features, self.codes.t()))
             assert self.first is not None
@@ -356,30 +371,47 @@ class _BestOnCPU:
 
 
 @functools.cache
-def _conv_is_faster() -> bool:
+def _cpu_product() -> Product:
     """Which product this process uses on a CPU: timed once, for the answer depends on the processor.
 
-    The environment variable ``FQ_CPU_GEMM`` (``conv`` or ``mm``) decides without a clock.
+    The environment variable ``FQ_CPU_GEMM`` decides without a clock.
     """
-    chosen = os.environ.get(GEMM_VARIABLE, "")
-    if chosen not in ("", "conv", "mm"):
-        raise ValueError(
-            f"{GEMM_VARIABLE} is {chosen!r}: set it to conv or mm, or leave it out to have both timed"
-        )
-    if chosen or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return chosen == "conv"
+    usable = _usable_products()
+    chosen = os.environ.get(GEMM_VARIABLE)
+    if chosen is not None:
+        if chosen not in usable:
+            raise ValueError(
+                f"{GEMM_VARIABLE} is {chosen!r}: set it to one of {', '.join(usable)}, or leave it out to "
+                "have them timed"
+            )
+        return chosen
     draw = torch.Generator("cpu").manual_seed(0)
     codes = torch.randn(1024, 256, generator=draw, device="cpu")
-    tokens = torch.randn(1024, 256, generator=draw, device="cpu")
-    spent: dict[str, list[float]] = {"conv": [], "mm": []}
-    forms = {name: _BestOnCPU(codes, name) for name in spent}
-    for _ in range(4):
-        for name, form in forms.items():
+    tokens = torch.randn(512, 256, generator=draw, device="cpu")
+    forms = {product: _BestOnCPU(codes, product) for product in usable}
+    spent: dict[Product, list[float]] = {product: [] for product in usable}
+    for _ in range(5):
+        for product, form in forms.items():
             start = time.perf_counter()
             form(tokens)
-            spent[name].append(time.perf_counter() - start)
-    # The first round warms up. A clear margin: two runs on one machine must not differ by chance.
-    return min(spent["conv"][1:]) < 1.2 * min(spent["mm"][1:])
+            spent[product].append(time.perf_counter() - start)
+    best = usable[0]
+    for product in usable[1:]:
+        # The first round warms up. A clear margin: two runs on one machine must not differ by chance.
+        if 1.2 * min(spent[product][1:]) < min(spent[best][1:]):
+            best = product
+    return best
+
+
+def _usable_products() -> list[Product]:
+    """The products that this build of PyTorch has, the one that is usually fastest first."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return ["mm"]
+    # The operator is PyTorch's own, not a public one: it may be gone one day.
+    internal = all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+    )
+    return ["linear", "conv", "mm"] if internal else ["conv", "mm"]
 
 
 def _first_equal(codebook: Tensor) -> Tensor:
@@ -398,8 +430,8 @@ def _first_equal(codebook: Tensor) -> Tensor:
     return torch.where((codebook[first] == codebook).all(1), first, index)
 
 
-def _default_chunk(codebook_size: int, device: torch.device) -> int:
-    scores = _CPU_SCORES if device.type == "cpu" else _GPU_SCORES
+def _chunk(scores: int, codebook_size: int) -> int:
+    """Tokens handled at once."""
     # Below 512 rows a matrix product loses its efficiency; 16-row multiples keep the ragged tail to the last
     # chunk.
     return min(max(scores // codebook_size, 512), 1 << 16) // _BATCH * _BATCH
@@ -407,16 +439,21 @@ def _default_chunk(codebook_size: int, device: torch.device) -> int:
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """TF32 products confuse close codes, so they stay off inside, whatever the program has chosen outside."""
-    chosen = torch.get_float32_matmul_precision() if device.type == "cuda" else "highest"
-    if chosen == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    """TF32 and bfloat16 products confuse close codes: off inside, whatever the program has chosen outside."""
+    backends: Any = torch.backends
+    used = {"cuda": [backends.cuda.matmul], "cpu": [backends.mkldnn.matmul, backends.mkldnn.conv]}
+    lowered = [
+        (backend, backend.fp32_precision)
+        for backend in used.get(device.type, [])
+        if backend.fp32_precision not in ("ieee", "none")
+    ]
+    for backend, _ in lowered:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(chosen)
+        for backend, precision in lowered:
+            backend.fp32_precision = precision
 
 
 def _check(features: Tensor, codebook: Tensor, chunk_size: int | None) -> None:

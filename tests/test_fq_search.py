@@ -35,10 +35,13 @@ def assert_nearest(indices: torch.Tensor, features: torch.Tensor, codebook: torc
     assert (excess <= slack).all(), (excess / slack).max()
 
 
-@pytest.fixture(params=["conv", "mm"])
+@pytest.fixture(params=["linear", "conv", "mm"])
 def product(request, monkeypatch):
-    """Both products that a CPU may choose from."""
-    monkeypatch.setattr(search_module, "_conv_is_faster", lambda: request.param == "conv")
+    """Every product that a CPU may choose from."""
+    if request.param not in search_module._usable_products():
+        pytest.skip(f"this PyTorch has no {request.param}")
+    monkeypatch.setattr(search_module, "_cpu_product", lambda: request.param)
+    monkeypatch.setattr(search_module, "_WORTH_A_LAYOUT", 0)  # whatever the size
     return request.param
 
 
@@ -250,44 +253,74 @@ def test_the_detector_of_large_tensors_sees_one():
 # The choice of the product
 
 
-@pytest.mark.parametrize(("value", "conv"), [("conv", True), ("mm", False)])
-def test_the_environment_may_choose_the_product(monkeypatch, value, conv):
-    monkeypatch.setenv(search_module.GEMM_VARIABLE, value)
-    search_module._conv_is_faster.cache_clear()
-    monkeypatch.setattr(search_module.time, "perf_counter", lambda: pytest.fail("a clock was read"))
-    assert search_module._conv_is_faster() is conv
-    search_module._conv_is_faster.cache_clear()
-
-
-def test_the_faster_product_is_chosen_once(monkeypatch):
+@pytest.fixture
+def unchosen(monkeypatch):
     monkeypatch.delenv(search_module.GEMM_VARIABLE, raising=False)
-    for slow, conv in (("mm", True), ("conv", False)):
-        search_module._conv_is_faster.cache_clear()
-        now, products = [0.0], []
-        init = search_module._BestOnCPU.__init__
-
-        def count(self, codebook, product, init=init, products=products):
-            products.append(product)
-            init(self, codebook, product)
-
-        def run(self, features, slow=slow, now=now):
-            now[0] += 2.0 if self.product == slow else 1.0
-
-        with monkeypatch.context() as patch:
-            patch.setattr(search_module._BestOnCPU, "__init__", count)
-            patch.setattr(search_module._BestOnCPU, "__call__", run)
-            patch.setattr(search_module.time, "perf_counter", lambda now=now: now[0])
-            assert search_module._conv_is_faster() is conv
-            assert search_module._conv_is_faster() is conv
-        assert sorted(products) == ["conv", "mm"]
-    search_module._conv_is_faster.cache_clear()
+    search_module._cpu_product.cache_clear()
+    yield
+    search_module._cpu_product.cache_clear()
 
 
-def test_an_unknown_product_is_refused(monkeypatch):
+def test_the_environment_may_choose_the_product(monkeypatch, unchosen):
+    monkeypatch.setattr(search_module.time, "perf_counter", lambda: pytest.fail("a clock was read"))
+    for value in search_module._usable_products():
+        search_module._cpu_product.cache_clear()
+        monkeypatch.setenv(search_module.GEMM_VARIABLE, value)
+        assert search_module._cpu_product() == value
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"linear": 1.0, "conv": 2.0, "mm": 2.0}, "linear"),
+        ({"linear": 2.0, "conv": 1.0, "mm": 2.0}, "conv"),
+        ({"linear": 2.0, "conv": 2.0, "mm": 1.0}, "mm"),
+        ({"linear": 1.1, "conv": 1.0, "mm": 1.0}, "linear"),  # too close to call
+        ({"conv": 1.1, "mm": 1.0}, "conv"),
+        ({"mm": 1.0}, "mm"),
+    ],
+)
+def test_the_clearly_faster_product_is_chosen_once(monkeypatch, unchosen, seconds, chosen):
+    now, built = [0.0], []
+
+    def build(self, codebook, product):
+        built.append(product)
+        self.product = product
+
+    def run(self, features):
+        now[0] += seconds[self.product]
+
+    monkeypatch.setattr(search_module, "_usable_products", lambda: list(seconds))
+    monkeypatch.setattr(search_module._BestOnCPU, "__init__", build)
+    monkeypatch.setattr(search_module._BestOnCPU, "__call__", run)
+    monkeypatch.setattr(search_module.time, "perf_counter", lambda: now[0])
+    assert search_module._cpu_product() == search_module._cpu_product() == chosen
+    assert built == list(seconds)
+
+
+def test_an_unknown_product_is_refused(monkeypatch, unchosen):
     monkeypatch.setenv(search_module.GEMM_VARIABLE, "blas")
-    search_module._conv_is_faster.cache_clear()
-    with pytest.raises(ValueError, match="FQ_CPU_GEMM is 'blas': set it to conv or mm"):
+    with pytest.raises(ValueError, match=r"FQ_CPU_GEMM is 'blas': set it to one of .*mm, or leave it out"):
         nearest(torch.zeros(3, 2), torch.zeros(2, 2))
+
+
+def test_a_program_that_lowers_precision_gets_it_back_and_does_not_reach_the_search(monkeypatch):
+    matmul, conv, seen = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, []
+    argmax = search_module._BestOnCPU._argmax
+
+    def look(self, scores):
+        seen.append((matmul.fp32_precision, conv.fp32_precision))
+        return argmax(self, scores)
+
+    monkeypatch.setattr(search_module._BestOnCPU, "_argmax", look)
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        matmul.fp32_precision = conv.fp32_precision = "bf16"
+        nearest(torch.randn(40, 8), torch.randn(300, 8))
+        assert set(seen) == {("ieee", "ieee")}
+        assert (matmul.fp32_precision, conv.fp32_precision) == ("bf16", "bf16")
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
 
 
 # The operators
