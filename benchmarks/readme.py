@@ -1,6 +1,6 @@
-"""Put the measured numbers into the README: ``python -m benchmarks.readme``.
+"""Put the measured numbers into the README and the docs: ``python -m benchmarks.readme``.
 
-The table between the two marks is made from ``benchmarks/results`` alone, and a test holds both together.
+What stands between the marks is made from ``benchmarks/results`` alone, and a test holds both together.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import NAMES
+from benchmarks.search_report import ceilings, judge, table
 from fq.run import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 
 def measured() -> str:
@@ -82,14 +82,110 @@ def _machine(record: dict[str, Any]) -> str:
     return f"{record['device_name']}, torch {record['versions']['torch']}, commit `{record['commit'][:8]}`."
 
 
+def quantiser() -> str:
+    """Markdown between the marks of ``docs/quantiser.md``.
+
+    Returns:
+        The targets of the search with what was reached, the cost in a step, and the state of the GPU figures.
+
+    Raises:
+        FileNotFoundError: a result has not been committed.
+    """
+    search, overhead, processes = (
+        json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        for name in ("search/results.json", "overhead.json", "processes.json")
+    )
+    sent = processes["FQ's all-reduces of a step, bytes"]["together"]
+    over = processes["over plain"]
+    return "\n".join(
+        [
+            "### CPU",
+            "",
+            "`python -m benchmarks.search`, one thread, process time, by turns in one process; above 1 ours is "
+            "faster. Shapes (N, D, K): S1 (4096, 128, 1024), S2 (16384, 256, 1024), S3 (65536, 64, 512), S4 "
+            "(16384, 512, 1024), S5 (65536, 256, 4096), C1 (32768, 256, 1024), C2 (8192, 256, 1024). L is the "
+            "speed of the matrix product alone. "
+            "[Everything measured](../benchmarks/results/search/report.md). "
+            + _machine(search["provenance"][-1]),
+            "",
+            "![Ratios and memory](../benchmarks/results/search/search.png)",
+            "",
+            table(judge(search)),
+            "",
+            *ceilings(search),
+            _overhead(overhead),
+            "",
+            f"Two processes (`python -m benchmarks.processes`, gloo, width {processes['d_channels']}, "
+            f"{processes['batch_size']} real + {processes['batch_size']} fake each): a site sends one tensor a "
+            f"step ({', '.join(f'{size / 2**20:.2f}' for size in sent)} MiB). FQ adds {over['apart']:.1%} with a "
+            f"codebook a process, {over['together']:.1%} with common ones, {over['together, waiting']:.1%} when "
+            f"the exchange is waited for. {_machine(processes['provenance'])}",
+            "",
+            "### CUDA",
+            "",
+            *_gpu(),
+        ]
+    )
+
+
+def _gpu() -> list[str]:
+    found = sorted((RESULTS / "gpu").glob("*.json"))
+    if not found:
+        return [
+            "Not yet run. The kernels pass their tests in Triton's interpreter and compile for sm_90; no time, "
+            "memory or launch count has been measured on a GPU. `python -m benchmarks.gpu` measures all of it.",
+        ]
+    lines: list[str] = []
+    for path in found:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        lines += [
+            f"`python -m benchmarks.gpu`, float32 with TF32 off, median of events, "
+            f"[everything measured](../benchmarks/results/gpu/{path.name}). {_machine(results['provenance'])}",
+            "",
+            "| | train-forward, ms | replayed | vs upstream form | vs compiled pure torch | search, ms | "
+            "vs addmm + argmin | of the tf32x3 roof | memory beyond in and out, MiB |",
+            "|---" * 9 + "|",
+        ]
+        for name, row in results["speed"].items():
+            ms, ratios = row["ms"], row["ratios"]
+            peak = results["memory"].get(name, {}).get("OursRegularize")
+            cells = [
+                _number(ms.get("train-forward, ours"), ".3f"),
+                _number(row["replay_ms"].get("train-forward, ours"), ".3f"),
+                _number(ratios.get("train-forward, upstream form"), ".1f"),
+                _number(ratios.get("train-forward, pure torch compiled"), ".1f"),
+                _number(ms.get("search, ours"), ".3f"),
+                _number(ratios.get("search, addmm + argmin"), ".1f"),
+                _number(row.get("percent_of_tf32x3_roof"), ".0f"),
+                _number(peak, ".1f"),
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "failed" if value is None else format(value, form)
+
+
+def write(path: Path, name: str, text: str) -> None:
+    """Exchange what stands between two marks of a file.
+
+    Args:
+        path: the file.
+        name: of the marks, ``<!-- name -->`` and ``<!-- /name -->``.
+        text: new content.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, rest = path.read_text(encoding="utf-8").split(begin, 1)
+    write_atomically(path, f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")
+    print(f"written to {path}")
+
+
 def main() -> None:
-    """Rewrite the README's block."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    write_atomically(readme, f"{head}{BEGIN}\n{measured()}\n{END}{tail}")
-    print(f"written to {readme}")
+    """Rewrite both blocks."""
+    write(ROOT / "README.md", "measured", measured())
+    write(ROOT / "docs" / "quantiser.md", "measured:search", quantiser())
 
 
 if __name__ == "__main__":

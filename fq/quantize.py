@@ -233,8 +233,8 @@ class FeatureQuantize(nn.Module):
             loss = self._weight() * error
             output = features
             if self.mode != "regularize":
-                step = -difference.detach() if scale is None else -(difference * scale).detach()
-                output = self._output(features, raw, step)
+                away = difference.detach() if scale is None else (difference * scale).detach()
+                output = self._output(features, raw, away)
             if updating:
                 self._observe(tokens, packed, pools, learn)
         return Pass(output, self._shape_of_indices(indices, features), loss, error)
@@ -423,17 +423,20 @@ class FeatureQuantize(nn.Module):
             weight = weight / self.ema_variance.clamp(min=1e-12)
         return weight
 
-    def _output(self, features: Tensor, tokens: Tensor, step: Tensor) -> Tensor:
-        """The codes in place of the features, or a share of them, in their shape, layout and dtype."""
-        tokens = tokens.to(step.dtype)
+    def _output(self, features: Tensor, tokens: Tensor, away: Tensor) -> Tensor:
+        """The codes in place of the features, or a share of them, in their shape, layout and dtype.
+
+        ``away`` is tokens minus codes, detached.
+        """
+        tokens = tokens.to(away.dtype)
         if self.options.gradient == "rotation":
-            step = rotate(tokens, tokens.detach() + step) - tokens
+            away = tokens - rotate(tokens, tokens.detach() - away)
         blend = self.blend()
         if isinstance(blend, Tensor) or blend != 1.0:
-            step = step * blend
+            away = away * blend
         if self.options.channel_last:
-            return (tokens + step).transpose(1, 2).reshape(features.shape).to(features.dtype)
-        return (tokens + step).reshape(features.shape).to(features.dtype)
+            return (tokens - away).transpose(1, 2).reshape(features.shape).to(features.dtype)
+        return (tokens - away).reshape(features.shape).to(features.dtype)
 
     def _shape_of_indices(self, indices: Tensor, features: Tensor) -> Tensor:
         spatial = features.shape[1:-1] if self.options.channel_last else features.shape[2:]
@@ -598,6 +601,8 @@ class FeatureQuantize(nn.Module):
 
     def _watch(self, valid: Tensor) -> None:
         """Count skipped updates on the device, and read the count once in a hundred updates."""
+        if valid.is_cuda and torch.cuda.is_current_stream_capturing():  # nothing may be read in there
+            return
         self._skipped = self._skipped + ~valid
         self._unread += 1
         if self._unread == _READ_EVERY:

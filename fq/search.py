@@ -82,8 +82,10 @@ def search(features: Tensor, codebook: Tensor, chunk_size: int | None = None) ->
     with torch.autocast(features.device.type, enabled=False), _full_precision(features.device):
         best = _best(codebook.detach().to(dtype), len(features))
         size = chunk_size or _chunk(best.scores, len(codebook))
-        found_chunks = [best(chunk.detach().to(dtype)) for chunk in torch.split(features, size)]
-        return torch.cat(found_chunks) if len(found_chunks) != 1 else found_chunks[0]
+        indices = torch.empty(len(features), dtype=torch.int64, device=features.device)
+        for start in range(0, len(features), size):
+            indices[start : start + size] = best(features[start : start + size].to(dtype))
+        return indices
 
 
 @torch.no_grad()

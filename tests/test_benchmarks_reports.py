@@ -127,6 +127,10 @@ def test_the_demo_trains_three_runs_and_reports_them(tmp_path):
     assert "Cost of FQ" in (tmp_path / "report.md").read_text()
 
 
-def test_the_readme_shows_the_committed_numbers():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.split(readme.BEGIN)[1].split(readme.END)[0].strip() == readme.measured().strip()
+@pytest.mark.parametrize(
+    ("file", "name", "made"),
+    [("README.md", "measured", readme.measured), ("docs/quantiser.md", "measured:search", readme.quantiser)],
+)
+def test_readme_and_docs_show_the_committed_numbers(file, name, made):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip() == made().strip()
