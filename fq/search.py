@@ -20,11 +20,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Scores of a chunk: 2 MiB stay in a core's cache; a convolution re-orders its weights in every call and wants
-# fewer; a GPU wants larger launches.
-_SCORES = {"linear": 1 << 19, "conv": 1 << 21, "mm": 1 << 20, "gpu": 1 << 24}
-_LANES = 64  # groups of codes whose maxima one vectorised pass takes side by side
-_WORTH_A_LAYOUT = 1 << 27  # multiplications from which codes laid out for oneDNN repay the laying out
+# Scores of a chunk: 2 MiB stay close to a core; a convolution re-orders its weights in every call and wants
+# fewer calls; a GPU wants larger launches.
+_SCORES = {"linear": 1 << 19, "conv": 1 << 20, "mm": 1 << 20, "gpu": 1 << 24}
+_NUMBERS = {"cpu": 1 << 17}  # of a chunk of element-by-element work
+_LANES = 32  # groups of codes whose maxima one vectorised pass takes side by side
+# Channels, and multiplications, from which it pays to lay the codes out for oneDNN once.
+_LAYOUT_CHANNELS, _LAYOUT_WORK = 192, 1 << 29
 _BATCH = 16  # rows of the batch axis below which a 1x1 convolution falls back to MKL on one thread
 GEMM_VARIABLE = "FQ_CPU_GEMM"
 """Environment variable that fixes the matrix product of the CPU search: ``linear``, ``conv`` or ``mm``."""
@@ -140,7 +142,7 @@ def quantize(
     owned = tokens.untyped_storage().data_ptr() != features.untyped_storage().data_ptr()
     difference = tokens if owned else torch.empty_like(tokens)
     squares = tokens.new_empty(len(tokens))
-    size = _chunk(_SCORES["linear" if features.device.type == "cpu" else "gpu"], dim)
+    size = _chunk(_NUMBERS.get(features.device.type, _SCORES["gpu"]), dim)
     for start in range(0, len(tokens), size):
         part = slice(start, start + size)
         step = torch.sub(tokens[part], codes.index_select(0, indices[part]), out=difference[part])
@@ -294,7 +296,8 @@ def _best(codebook: Tensor, tokens: int) -> _BestByMax | _BestOnCPU:
     if codebook.device.type != "cpu" or codebook.dtype != torch.float32:
         return _BestByMax(codebook)
     product = _cpu_product()
-    if product == "linear" and tokens * codebook.numel() < _WORTH_A_LAYOUT:
+    small = codebook.shape[1] < _LAYOUT_CHANNELS or tokens * codebook.numel() < _LAYOUT_WORK
+    if product == "linear" and small:
         product = "conv"
     return _BestOnCPU(codebook, product)
 
@@ -330,11 +333,13 @@ class _BestOnCPU:
 
     def __init__(self, codebook: Tensor, product: Product) -> None:
         size, dim = codebook.shape
-        self.lanes = 1 if size < 2 * _LANES else _LANES if size >= 8 * _LANES else _LANES // 2
+        self.lanes = 1 if size < 4 * _LANES else _LANES
         # Whole vectors of columns: then equal codes get equal scores wherever they stand.
         padding = -size % max(self.lanes, 16)
-        bias = F.pad(codebook.square().sum(1).mul_(-0.5), (0, padding), value=-torch.inf)  # never the best
-        codes = F.pad(codebook, (0, 0, 0, padding))
+        bias, codes = codebook.square().sum(1).mul_(-0.5), codebook
+        if padding:
+            bias = F.pad(bias, (0, padding), value=-torch.inf)  # never the best
+            codes = F.pad(codes, (0, 0, 0, padding))
         self.group = len(codes) // self.lanes  # codes of a group
         if self.lanes > 1:  # code g * group + c goes to column c * lanes + g
             codes = codes.view(self.lanes, self.group, dim).transpose(0, 1).reshape(-1, dim)

@@ -41,7 +41,8 @@ def product(request, monkeypatch):
     if request.param not in search_module._usable_products():
         pytest.skip(f"this PyTorch has no {request.param}")
     monkeypatch.setattr(search_module, "_cpu_product", lambda: request.param)
-    monkeypatch.setattr(search_module, "_WORTH_A_LAYOUT", 0)  # whatever the size
+    for least in ("_LAYOUT_CHANNELS", "_LAYOUT_WORK"):  # whatever the size
+        monkeypatch.setattr(search_module, least, 0)
     return request.param
 
 
