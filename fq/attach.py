@@ -172,6 +172,7 @@ class Handle:
         self._labels: Tensor | None = None
         self._in_generator_step = self._in_penalty = False
         self._leaf_input = False  # of the root forward that is running
+        self._unreached = set(names)  # layers that no forward has come to yet
 
     @property
     def quantizers(self) -> dict[str, FeatureQuantize]:
@@ -186,6 +187,14 @@ class Handle:
             forwards.
         """
         losses, self._losses = self._losses, []
+        self._unreached -= self._tallies.keys()
+        if losses and self._unreached:
+            unreached, self._unreached = sorted(self._unreached), set()
+            warnings.warn(
+                f"the model's forward never came to the attached layers {', '.join(unreached)}: attach to "
+                "layers that it runs (fq.suggest(model, example_input) lists them)",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
         if losses:
             return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
         quantizers = self.quantizers
@@ -198,6 +207,7 @@ class Handle:
             ``{layer: SiteStats}``, for all layers; draw them with ``fq.stats.draw``.
         """
         tallies, self._tallies = self._tallies, {}
+        self._unreached -= tallies.keys()
         return {
             name: tallies.get(name, Tally(layer.num_codes)).report(layer.ema_count)
             for name, layer in self.quantizers.items()

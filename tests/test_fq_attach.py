@@ -985,3 +985,23 @@ def test_globs_and_suggestions_pass_over_what_computes_a_parametrised_weight():
     names = [row.name for row in fq.suggest(model, torch.randn(2, 3, 8, 8), codebook_size=4)]
     assert names == ["0", "1"]
     assert fq.attach(model, "*", codebook_size=4).names == ["0", "1"]
+
+
+def test_a_layer_that_the_forward_never_comes_to_is_named_once():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Branches()
+    handle = fq.attach(model, ["used", "idle"], codebook_size=4)
+    model(torch.randn(2, 3, 4, 4))
+    with pytest.warns(
+        RuntimeWarning, match="the model's forward never came to the attached layers idle: attach"
+    ):
+        handle.loss()
+    model(torch.randn(2, 3, 4, 4))
+    handle.loss()
