@@ -74,7 +74,8 @@ def _overhead(result: dict[str, Any]) -> str:
         f"Cost, `python -m benchmarks.overhead`: a discriminator step of BigGAN-CIFAR (width "
         f"{result['d_channels']}, {result['batch']}, K = {result['codebook_size']} at {len(result['sites'])} "
         f"sites, {result['threads']} thread, {result['clock']}, median of {result['repeats']} interleaved "
-        f"pairs) takes {result['plain_ms']:.0f} ms; FQ adds {shares} ({alone}). {_machine(result['provenance'])}"
+        f"pairs) takes {result['plain_ms']:.0f} ms; FQ adds {shares} ({alone}). "
+        f"{_machine(result['provenance'])}"
     )
 
 
@@ -95,69 +96,78 @@ def quantiser() -> str:
         json.loads((RESULTS / name).read_text(encoding="utf-8"))
         for name in ("search/results.json", "overhead.json", "processes.json")
     )
-    sent = processes["FQ's all-reduces of a step, bytes"]["together"]
-    over = processes["over plain"]
-    return "\n".join(
-        [
-            "### CPU",
-            "",
-            "`python -m benchmarks.search`, one thread, process time, by turns in one process; above 1 ours is "
-            "faster. Shapes (N, D, K): S1 (4096, 128, 1024), S2 (16384, 256, 1024), S3 (65536, 64, 512), S4 "
-            "(16384, 512, 1024), S5 (65536, 256, 4096), C1 (32768, 256, 1024), C2 (8192, 256, 1024). L is the "
-            "speed of the matrix product alone. "
-            "[Everything measured](../benchmarks/results/search/report.md). "
-            + _machine(search["provenance"][-1]),
-            "",
-            "![Ratios and memory](../benchmarks/results/search/search.png)",
-            "",
-            table(judge(search)),
-            "",
-            *ceilings(search),
-            _overhead(overhead),
-            "",
-            f"Two processes (`python -m benchmarks.processes`, gloo, width {processes['d_channels']}, "
-            f"{processes['batch_size']} real + {processes['batch_size']} fake each): a site sends one tensor a "
-            f"step ({', '.join(f'{size / 2**20:.2f}' for size in sent)} MiB). FQ adds {over['apart']:.1%} with a "
-            f"codebook a process, {over['together']:.1%} with common ones, {over['together, waiting']:.1%} when "
-            f"the exchange is waited for. {_machine(processes['provenance'])}",
-            "",
-            "### CUDA",
-            "",
-            *_gpu(),
-        ]
+    lines = [
+        "### CPU",
+        "",
+        "`python -m benchmarks.search`, one thread, process time, by turns in one process; above 1 ours is "
+        "faster. Shapes (N, D, K): S1 (4096, 128, 1024), S2 (16384, 256, 1024), S3 (65536, 64, 512), S4 "
+        "(16384, 512, 1024), S5 (65536, 256, 4096), C1 (32768, 256, 1024), C2 (8192, 256, 1024). L is the "
+        "speed of the matrix product alone. "
+        "[Everything measured](../benchmarks/results/search/report.md). "
+        f"{_machine(search['provenance'][-1])}",
+        "",
+        "![Ratios and memory](../benchmarks/results/search/search.png)",
+        "",
+        table(judge(search)),
+        "",
+        *ceilings(search),
+        _overhead(overhead),
+        "",
+        _processes(processes),
+        "",
+        "### CUDA",
+        "",
+        *_gpu(),
+    ]
+    return "\n".join(lines)
+
+
+def _processes(result: dict[str, Any]) -> str:
+    sent = result["FQ's all-reduces of a step, bytes"]["together"]
+    over, size = result["over plain"], result["batch_size"]
+    return (
+        f"Two processes, `python -m benchmarks.processes` (gloo, width {result['d_channels']}, {size} real + "
+        f"{size} fake each, {result['clock']}): a site sends one tensor a step "
+        f"({', '.join(f'{size / 2**20:.2f}' for size in sent)} MiB). FQ adds {over['apart']:.1%} with a "
+        f"codebook a process, {over['together']:.1%} with common ones, {over['together, waiting']:.1%} when "
+        f"the exchange is waited for. {_machine(result['provenance'])}"
     )
+
+
+_GPU_COLUMNS = (
+    "", "train-forward, ms", "replayed", "vs upstream form", "vs compiled pure torch", "search, ms",
+    "vs addmm + argmin", "% of the tf32x3 roof", "memory beyond in and out, MiB",
+)  # fmt: skip
 
 
 def _gpu() -> list[str]:
     found = sorted((RESULTS / "gpu").glob("*.json"))
     if not found:
         return [
-            "Not yet run. The kernels pass their tests in Triton's interpreter and compile for sm_90; no time, "
-            "memory or launch count has been measured on a GPU. `python -m benchmarks.gpu` measures all of it.",
+            "Not yet run. The kernels pass their tests in Triton's interpreter and compile for sm_90; no "
+            "time, memory or launch count has been measured on a GPU. `python -m benchmarks.gpu` measures "
+            "all of it.",
         ]
     lines: list[str] = []
     for path in found:
         results = json.loads(path.read_text(encoding="utf-8"))
         lines += [
-            f"`python -m benchmarks.gpu`, float32 with TF32 off, median of events, "
-            f"[everything measured](../benchmarks/results/gpu/{path.name}). {_machine(results['provenance'])}",
+            "`python -m benchmarks.gpu`, float32 with TF32 off, median of events, [everything measured]"
+            f"(../benchmarks/results/gpu/{path.name}). {_machine(results['provenance'])}",
             "",
-            "| | train-forward, ms | replayed | vs upstream form | vs compiled pure torch | search, ms | "
-            "vs addmm + argmin | of the tf32x3 roof | memory beyond in and out, MiB |",
-            "|---" * 9 + "|",
+            "| " + " | ".join(_GPU_COLUMNS) + " |",
+            "|---" * len(_GPU_COLUMNS) + "|",
         ]
         for name, row in results["speed"].items():
-            ms, ratios = row["ms"], row["ratios"]
-            peak = results["memory"].get(name, {}).get("OursRegularize")
             cells = [
-                _number(ms.get("train-forward, ours"), ".3f"),
+                _number(row["ms"].get("train-forward, ours"), ".3f"),
                 _number(row["replay_ms"].get("train-forward, ours"), ".3f"),
-                _number(ratios.get("train-forward, upstream form"), ".1f"),
-                _number(ratios.get("train-forward, pure torch compiled"), ".1f"),
-                _number(ms.get("search, ours"), ".3f"),
-                _number(ratios.get("search, addmm + argmin"), ".1f"),
+                _number(row["ratios"].get("train-forward, upstream form"), ".1f"),
+                _number(row["ratios"].get("train-forward, pure torch compiled"), ".1f"),
+                _number(row["ms"].get("search, ours"), ".3f"),
+                _number(row["ratios"].get("search, addmm + argmin"), ".1f"),
                 _number(row.get("percent_of_tf32x3_roof"), ".0f"),
-                _number(peak, ".1f"),
+                _number(results["memory"].get(name, {}).get("OursRegularize"), ".1f"),
             ]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
