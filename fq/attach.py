@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fq import outputs
 from fq.options import CodebookOptions
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 GeneratorStep = Literal["loss", "loss+ema", "none"]
 CHILD = "fq"
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel's name for it
 _OVERRIDES = ("codebook_size", "decay", "commitment_weight", "mode", "options", "dim", "select")
 _MANY_LOSSES = 1024
 
@@ -102,7 +104,7 @@ def attach(
     if generator_step not in ("loss", "loss+ema", "none"):
         raise ValueError(f"generator_step is {generator_step!r}: choose 'loss', 'loss+ema' or 'none'")
     sites = _resolve(root, layers)
-    channels = _channels(root, sites, example_input)
+    channels = _channels(root, sites, example_input, options)
     quantizers = {}
     for name, overrides in sites.items():
         chosen: CodebookOptions = overrides.get("options", options)
@@ -124,6 +126,11 @@ def attach(
         layer = root.get_submodule(name)
         layer.add_module(CHILD, quantizers[name].train(layer.training))
         layer.register_forward_hook(_SiteHook(handle, name, overrides.get("select")))
+    # Each process has its own; DistributedDataParallel would overwrite them with the first one's.
+    pending = [f"{name}.{CHILD}.pending" for name in sites if quantizers[name].options.deferred_update]
+    if pending:
+        kept = getattr(root, _IGNORED, [])
+        setattr(root, _IGNORED, [*kept, *pending])
     root.register_forward_pre_hook(_RootHook(handle), with_kwargs=True)
     root.register_forward_hook(_RootExit(handle), always_call=True)
     return handle
@@ -170,6 +177,7 @@ class Handle:
         self._tallies: dict[str, Tally] = {}
         self._parts: tuple[str, ...] = (MIXED,)
         self._labels: Tensor | None = None
+        self._labels_then: dict[str, Tensor] = {}  # of each layer's latest pass, for its re-computation
         self._in_generator_step = self._in_penalty = False
         self._leaf_input = False  # of the root forward that is running
         self._unreached = set(names)  # layers that no forward has come to yet
@@ -228,6 +236,12 @@ class Handle:
         Raises:
             RuntimeError: a layer updates in every forward.
         """
+        for name, quantizer in self.quantizers.items():
+            if not quantizer.options.deferred_update:
+                raise RuntimeError(
+                    f"apply_update() was called but layer {name!r} updates in every forward: attach all "
+                    "layers with options=CodebookOptions(deferred_update=True)"
+                )
         for quantizer in self.quantizers.values():
             quantizer.apply_update()
 
@@ -239,6 +253,10 @@ class Handle:
             delattr(layer, CHILD)
         _remove_hooks(self.model._forward_pre_hooks, self, self.model)
         _remove_hooks(self.model._forward_hooks, self, self.model)
+        if hasattr(self.model, _IGNORED):
+            mine = {f"{name}.{CHILD}.pending" for name in self.names}
+            left = [name for name in getattr(self.model, _IGNORED) if name not in mine]
+            setattr(self.model, _IGNORED, left) if left else delattr(self.model, _IGNORED)
         self.names, self._losses, self._tallies = [], [], {}
 
     def strip(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -307,10 +325,19 @@ class Handle:
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle and deepcopy: graph-carrying losses and figures of the moment stay behind."""
-        return self.__dict__ | {"_losses": [], "_tallies": {}, "_labels": None}
+        return self.__dict__ | {
+            "_losses": [],
+            "_tallies": {},
+            "_labels": None,
+            "_labels_then": {},
+            "_parts": (MIXED,),
+            "_in_penalty": False,
+            "_in_generator_step": False,
+            "_leaf_input": False,
+        }
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         self._leaf_input = any(tensor.requires_grad and tensor.is_leaf for tensor in tensors)
         # The exchange of statistics between processes runs beside the rest of this forward.
         if _in_group():
@@ -402,6 +429,8 @@ class Handle:
     def _labels_of(self, name: str, quantizer: FeatureQuantize, batch_size: int) -> Tensor | None:
         if not quantizer.options.num_classes:
             return None
+        if recomputing() and name in self._labels_then:
+            return self._labels_then[name]
         if self._labels is None or self._labels.shape != (batch_size,):
             given = (
                 "there are none" if self._labels is None else f"they have shape {list(self._labels.shape)}"
@@ -410,6 +439,7 @@ class Handle:
                 f"layer {name!r} has codes for each class and needs the {batch_size} samples' labels, but "
                 f"{given}: run the forward inside handle.labels(labels)"
             )
+        self._labels_then[name] = self._labels
         return self._labels
 
 
@@ -585,15 +615,16 @@ def _matches(pattern: str, names: list[str]) -> list[str]:
     )
 
 
-def _channels(root: nn.Module, sites: Mapping[str, Mapping[str, Any]], example_input: Any) -> dict[str, int]:
+def _channels(
+    root: nn.Module, sites: Mapping[str, Mapping[str, Any]], example_input: Any, options: CodebookOptions
+) -> dict[str, int]:
     found: dict[str, int | None] = {}
     probed: dict[str, Any] = {}
     if example_input is not None:
         with silent(root):
             probed = outputs.probe(root, list(sites), example_input)
     for name, overrides in sites.items():
-        options = overrides.get("options")
-        axis = -1 if options and options.channel_last else 1
+        axis = -1 if overrides.get("options", options).channel_last else 1
         if "dim" in overrides:
             found[name] = overrides["dim"]
         elif name in probed:

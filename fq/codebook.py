@@ -62,7 +62,7 @@ def draw_codes(codebook_size: int, dim: int, init: str, seed: int) -> Tensor:
 
 
 def rms(tokens: Tensor, dim: int) -> Tensor:
-    """Root mean square along one axis, which is kept; never 0.
+    """Root mean square along one axis, which is kept; 1 where all is zero, so that nothing is divided by 0.
 
     Args:
         tokens: any shape.
@@ -71,7 +71,8 @@ def rms(tokens: Tensor, dim: int) -> Tensor:
     Returns:
         The shape of ``tokens`` with 1 at that axis.
     """
-    return (tokens.square().mean(dim, keepdim=True) + 1e-12).sqrt()
+    square = tokens.square().mean(dim, keepdim=True)
+    return torch.where(square > 1e-12, square, 1.0).sqrt()
 
 
 def unit_rms(codes: Tensor) -> Tensor:
@@ -134,7 +135,9 @@ def tokens_per_rank(number: int, device: torch.device, group: bool) -> list[int]
     return [int(size) for size in sizes.tolist()]
 
 
-def take_tokens(tokens: Tensor, positions: Tensor, sizes: list[int], group: bool) -> Tensor:
+def take_tokens(
+    tokens: Tensor, positions: Tensor, sizes: list[int], group: bool, dtype: torch.dtype
+) -> Tensor:
     """Tokens at the given positions of the batch of all ranks.
 
     Args:
@@ -142,18 +145,19 @@ def take_tokens(tokens: Tensor, positions: Tensor, sizes: list[int], group: bool
         positions: int64 ``[n]`` in ``[0, sum(sizes))``, the same on all ranks.
         sizes: tokens of every rank.
         group: whether there is a process group.
+        dtype: of the result, the same on all ranks even if the tokens' is not.
 
     Returns:
         ``[n, D]``, the same bits on all ranks.
     """
     rows, places = tokens.transpose(1, 2), max(tokens.shape[2], 1)  # [B, S, D]
     if not group:
-        return rows[positions // places, positions % places]
+        return rows[positions // places, positions % places].to(dtype)
     rank = torch.distributed.get_rank()
     local = positions - sum(sizes[:rank])
     mine = (local >= 0) & (local < sizes[rank])
-    found = tokens.new_zeros(len(positions), tokens.shape[1])
-    found[mine] = rows[local[mine] // places, local[mine] % places]
+    found = tokens.new_zeros(len(positions), tokens.shape[1], dtype=dtype)
+    found[mine] = rows[local[mine] // places, local[mine] % places].to(dtype)
     # Each row has one owner and zeros elsewhere, so the sum is exact.
     torch.distributed.all_reduce(found)
     return found
@@ -197,7 +201,9 @@ def places_of_class(labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     return order[places], (counts > 0)[:, None].expand_as(draws)
 
 
-def sample_tokens(tokens: Tensor, sizes: list[int], at_most: int, seed: Tensor, group: bool) -> Tensor:
+def sample_tokens(
+    tokens: Tensor, sizes: list[int], at_most: int, seed: Tensor, group: bool, dtype: torch.dtype
+) -> Tensor:
     """Up to ``at_most`` different tokens spread over the batch of all ranks, in order.
 
     Args:
@@ -206,6 +212,7 @@ def sample_tokens(tokens: Tensor, sizes: list[int], at_most: int, seed: Tensor, 
         at_most: largest number of rows returned.
         seed: 0-dim int64.
         group: whether there is a process group.
+        dtype: of the result.
 
     Returns:
         ``[n, D]``, the same bits on all ranks.
@@ -217,7 +224,7 @@ def sample_tokens(tokens: Tensor, sizes: list[int], at_most: int, seed: Tensor, 
     places = torch.arange(number, device=tokens.device, dtype=torch.int64)
     starts, ends = places * total // max(number, 1), (places + 1) * total // max(number, 1)
     offsets = random_bits(number, seed, -1).to(tokens.device) % (ends - starts).clamp(min=1)
-    return take_tokens(tokens, starts + offsets, sizes, group)
+    return take_tokens(tokens, starts + offsets, sizes, group, dtype)
 
 
 def codes_from_tokens(
@@ -309,8 +316,8 @@ def revive(
             labels = torch.zeros(0) if pool.labels is None else pool.labels
             labels = labels.to(dead.device, torch.int64).repeat_interleave(pool.tokens.shape[2])
             places, exists[stage, :, head] = places_of_class(all_of(labels, sizes, group), wanted)
-        taken = take_tokens(pool.tokens, places.flatten(), sizes, group)
-        found[stage, :, head] = taken.view(*wanted.shape, -1).to(found.dtype)
+        taken = take_tokens(pool.tokens, places.flatten(), sizes, group, found.dtype)
+        found[stage, :, head] = taken.view(*wanted.shape, -1)
     found, dead = found.flatten(0, -2), dead & exists.flatten()
     # Both averages restart together: a fresh code with a stale sum would jump back at its next update.
     mean = state.number.mean()
@@ -319,6 +326,26 @@ def revive(
         torch.where(dead, mean, state.number),
         torch.where(dead[:, None], found * mean, state.total),
     )
+
+
+def variance_of(packed: Tensor, layout: Layout) -> Tensor:
+    """Mean over the channels of the features' variance, from the statistics of a step.
+
+    Args:
+        packed: ``[K + 1, D + 1]``: sums and numbers of the tokens of every code, and last the sum of the
+            squares of a code's channels.
+        layout: of the codebook.
+
+    Returns:
+        A scalar, at least 0.
+    """
+    codes, width = packed[:-1], packed.shape[1] - 1
+    first = codes[: len(codes) // layout.stages]  # the first stage's tokens are the features
+    by_head = first.view(-1, layout.heads, layout.size, width + 1).sum((0, 2))  # [heads, D + 1]
+    tokens = by_head[:, -1:].clamp(min=1)
+    mean = by_head[:, :-1] / tokens
+    mean_square = packed[-1, :-1].sum() / (tokens.sum() * width)
+    return (mean_square - mean.square().mean()).clamp(min=0)
 
 
 def ema_step(

@@ -75,7 +75,7 @@ class FiniteScalarQuantize(nn.Module):
         bounded = half * torch.tanh(tokens + torch.atanh(offset / half)) - offset
         rounded = bounded + (bounded.round() - bounded).detach()
         steps = self.levels.div(2, rounding_mode="floor")
-        digits = rounded.detach().round().to(torch.int64) + steps
+        digits = (rounded.detach().round().to(torch.int64) + steps).clamp(min=0).minimum(self.levels - 1)
         places = torch.cat([self.levels.new_ones(1), self.levels.cumprod(0)[:-1]])
         output = self.expand(rounded / steps.to(features.dtype)).movedim(-1, 1)
         loss = torch.zeros((), dtype=wide_dtype(features, features), device=features.device)

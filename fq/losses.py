@@ -11,7 +11,8 @@ def rotate(features: Tensor, quantized: Tensor) -> Tensor:
 
     From arXiv:2410.06424. The value is ``quantized``; the gradient is that of the linear map which turns each
     token to its code, held constant: it keeps its angle to the code, where straight-through would keep its
-    direction.
+    direction. A token shorter than a thousandth of its code has no direction to speak of, and the gradient
+    would grow as it shrinks: it gets straight-through.
 
     Args:
         features: ``[B, D, S]``.
@@ -30,7 +31,8 @@ def rotate(features: Tensor, quantized: Tensor) -> Tensor:
         source, goal = features / length, quantized / target.clamp(min=1e-12)
         middle = source + goal
         middle = middle / middle.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        short = length < 1e-3 * target
     along = (middle * features).sum(1, keepdim=True)
     onto = (source * features).sum(1, keepdim=True)
-    turned: Tensor = (features - 2 * middle * along + 2 * goal * onto) * (target / length)
-    return turned
+    turned = (features - 2 * middle * along + 2 * goal * onto) * (target / length)
+    return torch.where(short, features + (quantized - features).detach(), turned)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 Init = Literal["auto", "kmeans", "data", "normal", "uniform"]
 Gradient = Literal["straight-through", "rotation"]
@@ -83,10 +87,19 @@ class CodebookOptions:
                             ("warmup_updates", 0), ("num_classes", 0)):  # fmt: skip
             integer(getattr(self, name), name, least)
         require(self.stages <= 4, "stages", self.stages, "1 to 4")
+        require(
+            not self.normalize or self.stages == 1, "stages", self.stages,
+            "1 with normalize=True: what a stage leaves is shorter than the codes of the next one could be",
+        )  # fmt: skip
+        integer(self.seed, "seed", 0)
+        require(self.seed < 2**63, "seed", self.seed, "an integer below 2**63")
         require(0.0 <= self.blend_end <= 1.0, "blend_end", self.blend_end, "a share from 0 to 1")
         require(self.epsilon > 0, "epsilon", self.epsilon, "a positive number")
         memory = self.memory_images
-        require(memory is None or memory > 0, "memory_images", memory, "a positive number of images, or None")
+        require(
+            memory is None or 0 < memory < math.inf, "memory_images", memory,
+            "a positive number of images, or None",
+        )  # fmt: skip
         threshold = self.dead_code_threshold
         require(
             threshold is None or 0 <= threshold < 1,
@@ -173,3 +186,41 @@ def one_of(value: object, choices: tuple[object, ...], name: str) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def check_samples(features: Tensor, classes: int, labels: Tensor | None, learn: Tensor | None) -> None:
+    """Refuse labels or a mask that do not fit a batch.
+
+    Args:
+        features: ``[B, ...]``.
+        classes: number of classes; 0 without.
+        labels: class of each sample, or None.
+        learn: mask of the samples, or None.
+
+    Raises:
+        ValueError: labels are missing, not wanted or out of range, or there is not one value a sample.
+        TypeError: ``labels`` are not int64, ``learn`` is not bool, or they are on another device.
+    """
+    if (labels is None) == bool(classes):
+        raise ValueError(
+            f"num_classes is {classes} but labels are {'missing' if labels is None else 'given'}: build "
+            "the layer with CodebookOptions(num_classes=...) and pass the class of every sample"
+        )
+    for name, value, dtype in (("labels", labels, torch.int64), ("learn", learn, torch.bool)):
+        if value is None:
+            continue
+        if value.dtype != dtype or value.device != features.device:
+            raise TypeError(
+                f"{name} are {value.dtype} on {value.device}: give {dtype} on {features.device}, where the "
+                "features are"
+            )
+        if value.shape != (len(features),):
+            raise ValueError(
+                f"{name} have shape {list(value.shape)}: give one value for each of the {len(features)} "
+                "samples"
+            )
+    # Looking at the values would stop a GPU's queue, or break a compiled graph.
+    if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels run from {low} to {high}: give classes from 0 to {classes - 1}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fq import codebook as books
 from fq import ops
 from fq.losses import rotate
-from fq.options import CodebookOptions, integer, one_of, require
+from fq.options import CodebookOptions, check_samples, integer, one_of, require
 from fq.search import kernels, wide_dtype
 
 if TYPE_CHECKING:
@@ -134,12 +134,13 @@ class FeatureQuantize(nn.Module):
         self.frozen = False
         self._held = 0  # depth of no_update()
         self._warned = False
-        self._skipped: Tensor | int = 0  # updates skipped on a GPU since the count was read
-        self._unread = 0
+        self._made: int | None = None  # updates that a GPU had made when it was last asked
+        self._unread = 0  # and forwards since
         self._pending_pools: list[books.Pool] | None = None
         self.overlap = False  # let the exchange between processes run on until finish()
         self._sent: tuple[Any, Tensor, list[books.Pool]] | None = None
-        self._before: Tensor | None = None  # the codes that the latest forward searched and then moved
+        # What the latest forward used and then moved: codes, number of updates, variance.
+        self._before: dict[str, Tensor] | None = None
 
         codes = books.draw_codes(self.num_codes, self.width, self.init, options.seed)
         self.register_buffer("codebook", books.unit_rms(codes) if options.normalize else codes)
@@ -171,10 +172,12 @@ class FeatureQuantize(nn.Module):
                 ``channel_last``; floating.
             update: ``None`` updates in training mode outside ``no_update()``; True and False decide by hand.
                 A frozen layer never updates, and neither does the re-computation of a checkpointed segment,
-                which searches the codes that the layer's latest forward searched. (With several updating
-                forwards before one backward, only ``deferred_update`` keeps them the same for all.)
+                which searches the codes that the layer's latest forward searched. (If the layer runs again
+                before that backward, only ``deferred_update`` keeps the codes the same. Of a compiled layer
+                in a checkpointed segment that is not itself compiled, the re-computation updates again.)
             labels: int64 ``[B]``, the class of each sample; needed with ``num_classes``.
-            learn: bool ``[B]``, samples whose tokens may move the codebook; ``None`` for all.
+            learn: bool ``[B]``, samples whose tokens may move the codebook; ``None`` for all. In a process
+                group give it on all ranks or on none.
 
         Returns:
             ``FQOutput(features, indices, loss)``.
@@ -182,7 +185,7 @@ class FeatureQuantize(nn.Module):
         Raises:
             ValueError: the channels differ from ``dim``, ``labels`` or ``learn`` do not fit the batch, or the
                 batch is empty in a single process.
-            TypeError: ``features`` is not a floating tensor.
+            TypeError: ``features`` is not a floating tensor, ``labels`` not int64, or ``learn`` not bool.
         """
         done = self.run(features, update, labels, learn)
         return FQOutput(done.features, done.indices, done.loss)
@@ -215,10 +218,10 @@ class FeatureQuantize(nn.Module):
             raw = tokens = self._tokens(features)  # [B, dim, S]
             scale = None
             if self.options.normalize:
-                raw = tokens = tokens.to(wide_dtype(tokens, self.codebook))
-                scale = books.rms(
-                    tokens.view(len(tokens), -1, self.width, tokens.shape[2]), dim=2
-                )  # [B, heads, 1, S]
+                # A copy: autograd keeps it, and the trunk may change its features in place afterwards.
+                raw = tokens = tokens.to(wide_dtype(tokens, self.codebook), copy=True)
+                parts = tokens.view(len(tokens), self.layout.heads, self.width, tokens.shape[2])
+                scale = books.rms(parts, dim=2)  # [B, heads, 1, S]
                 scale = scale.expand(-1, -1, self.width, -1).flatten(1, 2)
                 tokens = tokens / scale
             updating = self.updates(update)
@@ -230,7 +233,8 @@ class FeatureQuantize(nn.Module):
                 initialize(tokens.detach(), learn)
             codes = self._codes_to_search(updating)
             difference, error, indices, packed, pools = self._search(tokens, codes, labels, learn, updating)
-            loss = self._weight() * error
+            weight = self._weight()
+            loss = error if isinstance(weight, float) and weight == 1.0 else weight * error
             output = features
             if self.mode != "regularize":
                 away = difference.detach() if scale is None else (difference * scale).detach()
@@ -271,7 +275,8 @@ class FeatureQuantize(nn.Module):
         if self.mode != "blend":
             return float(self.mode == "replace")
         options = self.options
-        progress = (self.num_updates - options.blend_start).to(self.codebook.dtype) / options.blend_steps
+        updates = self._then("num_updates") - options.blend_start
+        progress = updates.to(self.codebook.dtype) / options.blend_steps
         return progress.clamp(0.0, 1.0) * options.blend_end
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -372,11 +377,22 @@ class FeatureQuantize(nn.Module):
         """The codebook; in a re-computation what it was in the first pass, before that pass moved it."""
         if torch.compiler.is_compiling():
             return self.codebook
-        if recomputing():
-            return self.codebook if self._before is None else self._before
-        moving = updating and not self.options.deferred_update
-        self._before = self.codebook.clone() if moving else None
-        return self.codebook
+        if not recomputing():
+            moving = updating and not self.options.deferred_update
+            names = [
+                "codebook",
+                "num_updates",
+                *(["ema_variance"] if self.options.divide_by_variance else []),
+            ]
+            self._before = {name: getattr(self, name).clone() for name in names} if moving else None
+        return self._then("codebook")
+
+    def _then(self, name: str) -> Tensor:
+        """A buffer; in a re-computation what it was in the first pass."""
+        if self._before is not None and recomputing():
+            return self._before[name]
+        value: Tensor = getattr(self, name)
+        return value
 
     def _search(
         self, tokens: Tensor, codes: Tensor, labels: Tensor | None, learn: Tensor | None, statistics: bool
@@ -417,10 +433,10 @@ class FeatureQuantize(nn.Module):
         """Factor of the loss in this forward."""
         weight: Tensor | float = self.commitment_weight
         if self.options.warmup_updates:
-            progress = self.num_updates.to(self.codebook.dtype) / self.options.warmup_updates
+            progress = self._then("num_updates").to(self.codebook.dtype) / self.options.warmup_updates
             weight = weight * progress.clamp(max=1.0)
         if self.options.divide_by_variance:
-            weight = weight / self.ema_variance.clamp(min=1e-12)
+            weight = weight / self._then("ema_variance").clamp(min=1e-12)
         return weight
 
     def _output(self, features: Tensor, tokens: Tensor, away: Tensor) -> Tensor:
@@ -450,9 +466,10 @@ class FeatureQuantize(nn.Module):
     def _observe(self, tokens: Tensor, packed: Tensor, pools: list[books.Pool], learn: Tensor | None) -> None:
         if self._counts_images():  # one row more: squares of the channels of a code, number of images
             tokens = tokens.to(packed.dtype)
-            weights = tokens.new_ones(len(tokens)) if learn is None else learn.to(tokens.dtype)
-            squares = (tokens.square().sum(2) * weights[:, None]).sum(0).view(-1, self.width).sum(0)
-            packed = torch.cat([packed, torch.cat([squares, weights.sum()[None]])[None]])
+            learns = tokens.new_ones(len(tokens), dtype=torch.bool) if learn is None else learn
+            squares = torch.where(learns[:, None], tokens.square().sum(2), 0.0)  # [B, dim]
+            squares = squares.sum(0).view(-1, self.width).sum(0)
+            packed = torch.cat([packed, torch.cat([squares, learns.sum().to(squares.dtype)[None]])[None]])
         if not self.options.deferred_update:
             self._step(packed, pools)
             return
@@ -495,7 +512,7 @@ class FeatureQuantize(nn.Module):
         if torch.compiler.is_compiling():
             pass
         elif not group and packed.device.type != "cpu":
-            self._watch(valid)
+            self._watch(valid.device)
         elif not valid:
             if not packed.isfinite().all():
                 self._warn_not_finite()
@@ -520,16 +537,7 @@ class FeatureQuantize(nn.Module):
         return torch.exp(-packed[-1, -1] / self.options.memory_images)
 
     def _follow_variance(self, packed: Tensor, decay: Tensor | float, valid: Tensor) -> None:
-        """Moving average of the features' variance, their channels taken one by one."""
-        stage = packed[: self.num_codes // self.options.stages]  # the first stage's tokens are the features
-        tokens = stage[:, -1].sum().clamp(min=1)
-        if self.options.heads > 1:
-            stage = stage.view(-1, self.options.heads, self.codebook_size, self.width + 1).sum((0, 2))
-        else:
-            stage = stage.sum(0, keepdim=True)  # [heads, width + 1]
-        mean = stage[:, :-1] / stage[:, -1:].clamp(min=1)
-        mean_square = packed[-1, :-1].sum() / (tokens * self.width)
-        variance = (mean_square - mean.square().mean()).clamp(min=0)
+        variance = books.variance_of(packed, self.layout)
         following = self.ema_variance * decay + variance * (1 - decay)
         following = torch.where(self.num_updates > 0, following, variance)
         self.ema_variance.copy_(torch.where(valid, following, self.ema_variance))
@@ -545,12 +553,11 @@ class FeatureQuantize(nn.Module):
         fused = kernels(packed, packed.dtype)
         if fused is None:
             return False
-        self._watch(
-            fused.ema_update_(
-                *self._state(), self.num_updates, self.seed, packed, pools[0].tokens, decay=self.decay,
-                dead_code_threshold=self.dead_code_threshold, dead_code_grace=self.options.dead_code_grace,
-            )
+        fused.ema_update_(
+            *self._state(), self.num_updates, self.seed, packed, pools[0].tokens, decay=self.decay,
+            dead_code_threshold=self.dead_code_threshold, dead_code_grace=self.options.dead_code_grace,
         )  # fmt: skip
+        self._watch(packed.device)
         return True
 
     def _revive(self, state: books.State, pools: list[books.Pool] | None, group: bool) -> books.State:
@@ -561,7 +568,9 @@ class FeatureQuantize(nn.Module):
         if (group or cheap_to_ask) and not dead.any():
             return state
         if pools is None:  # no forward on this rank since a checkpoint was loaded
-            nothing = books.Pool(self.codebook.new_zeros(0, self.width, 1), None)
+            choosy = self.options.num_classes or self.options.learn_from == "real"
+            labels = self.num_updates.new_zeros(0) if choosy else None  # as on the ranks that had a forward
+            nothing = books.Pool(self.codebook.new_zeros(0, self.width, 1), labels)
             pools = [nothing] * (self.layout.stages * self.layout.heads)
         draws = books.random_bits(self.num_codes, self.seed, self.num_updates)
         return books.revive(state, dead, draws, pools, self.layout, group)
@@ -573,8 +582,8 @@ class FeatureQuantize(nn.Module):
         tokens = tokens if learn is None else tokens[learn]
         sizes = books.tokens_per_rank(tokens.shape[0] * tokens.shape[2], tokens.device, group)
         at_most = max(self.options.init_tokens, self.codebook_size)
-        drawn = books.sample_tokens(tokens, sizes, at_most, self.seed, group)  # [n, dim]
-        drawn = drawn.to(self.codebook.dtype)
+        dtype = self.codebook.dtype
+        drawn = books.sample_tokens(tokens, sizes, at_most, self.seed, group, dtype)  # [n, dim]
         if not len(drawn) or not drawn.isfinite().all():
             return
         codes, counts = books.first_codes(
@@ -599,16 +608,16 @@ class FeatureQuantize(nn.Module):
         distributed = torch.distributed
         return self.options.sync and distributed.is_available() and distributed.is_initialized()
 
-    def _watch(self, valid: Tensor) -> None:
-        """Count skipped updates on the device, and read the count once in a hundred updates."""
-        if valid.is_cuda and torch.cuda.is_current_stream_capturing():  # nothing may be read in there
+    def _watch(self, device: torch.device) -> None:
+        """Ask a GPU once in a hundred updates whether it has made them all; a skipped one met NaN."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # nothing may be read in there
             return
-        self._skipped = self._skipped + ~valid
         self._unread += 1
-        if self._unread == _READ_EVERY:
-            if self._skipped:
+        if self._made is None or self._unread == _READ_EVERY:
+            made = int(self.num_updates)
+            if self._made is not None and made < self._made + self._unread:
                 self._warn_not_finite()
-            self._skipped, self._unread = 0, 0
+            self._made, self._unread = made, 0
 
     def _warn_not_finite(self) -> None:
         if not self._warned:
@@ -632,18 +641,7 @@ class FeatureQuantize(nn.Module):
                 f"{layout}: build FeatureQuantize with dim equal to the channels of the layer, and "
                 "channel_last to match its layout"
             )
-        classes = self.options.num_classes
-        if (labels is None) == bool(classes):
-            raise ValueError(
-                f"num_classes is {classes} but labels are {'missing' if labels is None else 'given'}: build "
-                "the layer with CodebookOptions(num_classes=...) and pass the class of every sample"
-            )
-        for name, value in (("labels", labels), ("learn", learn)):
-            if value is not None and value.shape != (len(features),):
-                raise ValueError(
-                    f"{name} have shape {list(value.shape)}: give one value for each of the "
-                    f"{len(features)} samples"
-                )
+        check_samples(features, self.options.num_classes, labels, learn)
         if features.numel() == 0 and not self._group():
             raise ValueError(
                 f"features of shape {list(features.shape)} hold no token: give at least one sample, or leave "
@@ -675,10 +673,18 @@ class FeatureQuantize(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._ready = not self.initialized.is_meta and bool(self.initialized)
+        # Nothing of the state before belongs to the one just read.
+        self._sent = self._pending_pools = self._before = self._made = None
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle and deepcopy, without what is kept of the latest forward."""
-        return self.__dict__ | {"_pending_pools": None, "_before": None, "_sent": None}
+        return self.__dict__ | {
+            "_pending_pools": None,
+            "_before": None,
+            "_sent": None,
+            "_held": 0,
+            "overlap": False,
+        }
 
 
 def recomputing() -> bool:

@@ -121,7 +121,7 @@ def quantize(
         indices, difference, error, packed = fused.quantize(
             features,
             codebook.to(dtype).contiguous(),
-            learn,
+            learn if learn is None else learn.contiguous(),
             statistics=statistics,
             loss_scale=scale,
             per_sample=per_sample,
@@ -188,7 +188,7 @@ def _rows(features: Tensor) -> Tensor:
     """Tokens in rows, ``[B, D, S]`` to ``[N, D]``: a view of channels-last features, else a copy."""
     batch, dim, places = features.shape
     if places < 1024 or features.stride(2) != 1 or features.device.type != "cpu":
-        return features.transpose(1, 2).reshape(-1, dim)
+        return features.transpose(1, 2).reshape(-1, dim).contiguous()  # of one sample it could be columns
     # Columns a page apart fall into the same lines of the cache; a copy of one matrix goes by blocks.
     rows = features.new_empty(batch, places, dim)
     for source, target in zip(features, rows, strict=True):
@@ -268,7 +268,7 @@ def wide_dtype(features: Tensor, codebook: Tensor) -> torch.dtype:
 
 
 def kernels(features: Tensor, dtype: torch.dtype) -> Any:
-    """The fused kernels, where they can serve: on CUDA, with Triton, in float32.
+    """The fused kernels, where they can serve: on NVIDIA's CUDA, with Triton, in float32.
 
     Args:
         features: the tensor they would read.
@@ -277,7 +277,7 @@ def kernels(features: Tensor, dtype: torch.dtype) -> Any:
     Returns:
         The module ``fq.kernels``, or ``None``.
     """
-    if features.device.type != "cuda" or dtype != torch.float32:
+    if features.device.type != "cuda" or dtype != torch.float32 or torch.version.hip:
         return None
     return _load_kernels()
 

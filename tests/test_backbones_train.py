@@ -529,7 +529,7 @@ def test_presets_hold_the_paper_s_numbers():
             config.model.init, config.model.g_channels,
         )  # fmt: skip
 
-    # fq.md, Sec. 4, and backbones.md, Sec. 1.4.
+    # The launch files of the released code (FQ-GAN) and of BigGAN-PyTorch.
     assert row("cifar10") == (1024, 1.0, 0.8, 64, 1, 4, 2e-4, 2e-4, 1e-8, 1000, "normal02", 64)
     assert row("cifar100") == (64, 10.0, 0.9, 64, 1, 4, 2e-4, 2e-4, 1e-8, 1000, "normal02", 64)
     assert row("imagenet64") == (1024, 0.5, 0.7, 128, 4, 1, 1e-4, 4e-4, 1e-6, 20_000, "ortho", 64)

@@ -13,7 +13,7 @@ def test_a_dry_run_goes_through_every_part(tmp_path, capsys):
     gpu.main(["--dry", "--out", str(out), "--sections", *sections])
     results = json.loads(out.read_text())
     assert results["not met"] == [] and list(results["seconds"]) == sections
-    assert not any("error" in row for row in results.values() if isinstance(row, dict))
+    assert gpu.errors(results) == []
     assert results["compiled"]["graphs for three batch sizes"] == 1
     assert results["discriminator_step"]["plain_ms"] > 0
     assert "checks not met: none" in capsys.readouterr().out
@@ -38,11 +38,28 @@ def test_a_part_that_fails_leaves_its_error_and_lets_others_run(tmp_path, monkey
     def broken(bench):
         raise RuntimeError("no such kernel")
 
+    def broken_shape(bench, name):
+        return broken(bench) if name == "T1" else {"fine": True}
+
     monkeypatch.setitem(gpu.SECTIONS, "launches", broken)
+    monkeypatch.setitem(gpu.SECTIONS, "sweep", broken_shape)
     with pytest.raises(SystemExit):
-        gpu.main(["--dry", "--out", str(tmp_path / "gpu.json"), "--sections", "launches", "memory"])
+        gpu.main(["--dry", "--out", str(tmp_path / "gpu.json"), "--sections", "launches", "sweep", "memory"])
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["launches"]["error"] == "RuntimeError: no such kernel" and "memory" in results["seconds"]
+    assert results["sweep"]["T1"]["error"] and results["sweep"]["T2"] == {"fine": True}
+    assert [where for where, _ in gpu.errors(results)] == ["launches", "sweep T1"]
+
+
+def test_numbers_out_of_bounds_and_nan_are_not_met():
+    fine = {"relative": 1e-6, "ema step": {"updates": 106.0, "share to 1e-4": 1.0}, "x / beyond": 0.0}
+    assert gpu.failures(fine) == []
+    for key, value in (("relative", float("nan")), ("relative", 1.0), ("x / beyond", float("nan"))):
+        assert gpu.failures(fine | {key: value}) == [key]
+    assert gpu.failures({"ema step": {"updates": 0.0, "share to 1e-4": 0.0}}) == [
+        "ema step / updates",
+        "ema step / share to 1e-4",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import fq
 from fq import CodebookOptions, FeatureQuantize
@@ -376,7 +377,8 @@ def forgetting(batches: tuple[int, ...]) -> float:
         {"normalize": True},
         {"heads": 2},
         {"stages": 2},
-        {"heads": 2, "stages": 2, "normalize": True, "divide_by_variance": True, "memory_images": 50.0},
+        {"heads": 2, "stages": 2, "divide_by_variance": True, "memory_images": 50.0},
+        {"heads": 2, "normalize": True, "divide_by_variance": True},
         {"gradient": "rotation", "warmup_updates": 3},
         {"num_classes": 3, "heads": 2},
     ],
@@ -414,6 +416,9 @@ def test_options_survive_compile_checkpoint_deferral_and_half_precision(options,
     ("options", "message"),
     [
         ({"stages": 5}, "stages is 5: give 1 to 4"),
+        ({"stages": 2, "normalize": True}, "stages is 2: give 1 with normalize=True"),
+        ({"seed": -1}, "seed is -1: give an integer of at least 0"),
+        ({"memory_images": math.inf}, "memory_images is inf: give a positive number"),
         ({"heads": 0}, "heads is 0: give an integer of at least 1"),
         ({"memory_images": 0.0}, "memory_images is 0.0: give a positive number of images"),
         ({"gradient": "none"}, "gradient is 'none': choose one of 'straight-through', 'rotation'"),
@@ -436,3 +441,142 @@ def test_sizes_must_be_integers():
 def test_the_originals_know_no_such_codebook(option):
     with pytest.raises(ValueError, match=f"compat='torch' reproduces .*{next(iter(option))}="):
         FeatureQuantize(8, 4, compat="torch", options=CodebookOptions(**option))
+
+
+# What users of a discriminator do around the layer
+
+
+@pytest.mark.parametrize("options", [{"normalize": True}, {"heads": 2}, {"stages": 2}, {}])
+@pytest.mark.parametrize("mode", ["regularize", "replace"])
+def test_the_trunk_may_change_features_in_place_under_every_option(options, mode):
+    quantizer, conv = layer(mode=mode, **options), nn.Conv2d(8, 8, 1)
+    x = features()
+    done = quantizer(conv(x))
+    torch.relu_(done.features)
+    (done.features.sum() + done.loss).backward()
+    assert conv.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"normalize": True}, {"gradient": "rotation"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tokens_of_zeros_get_their_code_and_a_gradient_like_the_others(options, dtype):
+    quantizer = layer(**options)
+    quantizer(features())
+    x = features(1).to(dtype)
+    x[0, :, 0, 0] = 0.0
+    x.requires_grad_()
+    done = quantizer.eval()(x)
+    if options == {"gradient": "rotation"}:
+        torch.testing.assert_close(
+            done.features.float(), quantizer.decode(done.indices), atol=2e-3, rtol=2e-3
+        )
+    (done.features.float().sum() + done.loss).backward()
+    zero, others = x.grad[0, :, 0, 0].abs().max(), x.grad[1:].abs().max()
+    assert x.grad.isfinite().all() and zero <= 2 * others
+
+
+@pytest.mark.parametrize(
+    "options", [{"warmup_updates": 4}, {"divide_by_variance": True}, {"mode": "blend", "blend_steps": 4}]
+)
+def test_a_recomputed_segment_uses_the_weights_of_its_first_pass(options):
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        conv, after, quantizer = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 1), layer(**options)
+        quantizer(features())
+
+        def segment(x, conv=conv, after=after, quantizer=quantizer):
+            done = quantizer(conv(x))
+            return after(done.features.square()).sum() + done.loss
+
+        x = features(1).requires_grad_()
+        out = checkpoint(segment, x, use_reentrant=False) if checkpointed else segment(x)
+        out.backward()
+        assert quantizer.num_updates == 2
+        gradients.append([x.grad, conv.weight.grad])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_sample_that_must_not_learn_may_hold_nan():
+    learn = torch.tensor([True, True, False, True, True, True])
+    for options in ({}, {"divide_by_variance": True}, {"memory_images": 9.0}):
+        quantizer = layer(**options)
+        quantizer(features(), learn=learn)
+        x = features(1)
+        x[2] = torch.nan
+        quantizer(x, learn=learn)
+        assert quantizer.num_updates == 2 and quantizer.codebook.isfinite().all()
+
+
+def test_a_mask_may_be_strided_and_must_be_a_mask():
+    one, other = layer(), layer()
+    table = torch.tensor([[True, False], [False, True], [True, True]] * 2)
+    one(features(), learn=table[:, 0])
+    other(features(), learn=table[:, 0].contiguous())
+    assert torch.equal(one.codebook, other.codebook) and torch.equal(one.ema_count, other.ema_count)
+    with pytest.raises(TypeError, match=r"learn are torch.int64 on cpu: give torch.bool"):
+        one(features(), learn=torch.ones(6, dtype=torch.int64))
+    classes = layer(num_classes=2)
+    with pytest.raises(TypeError, match=r"labels are torch.float32 on cpu: give torch.int64"):
+        classes(features(), labels=torch.ones(6))
+    with pytest.raises(ValueError, match="labels run from 0 to 2: give classes from 0 to 1"):
+        classes(features(), labels=torch.arange(6) % 3)
+
+
+def test_a_copy_made_inside_a_context_is_not_bound_by_it():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+    handle = fq.attach(model, "0", codebook_size=4, options=CodebookOptions(init="normal"))
+    with handle.penalty(), handle.quantizers["0"].no_update():
+        copied = copy.deepcopy(model)
+    copied(features(0, 6, 3, 5, 5))
+    assert fq.handle_of(copied).quantizers["0"].num_updates == 1 and fq.handle_of(copied).loss() > 0
+
+
+def test_pending_statistics_are_kept_from_data_parallel_broadcasts_and_given_back():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+    handle = fq.attach(model, "0", codebook_size=4, options=CodebookOptions(deferred_update=True))
+    assert model._ddp_params_and_buffers_to_ignore == ["0.fq.pending"]
+    handle.detach()
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+
+
+def test_a_gradient_penalty_on_a_list_of_inputs_is_recognised():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, images):
+            return self.conv(images[0])
+
+    model = Listed()
+    handle = fq.attach(model, "conv", codebook_size=4, options=CodebookOptions(init="normal"))
+    model([features(0, 6, 3, 5, 5)])
+    model([features(0, 6, 3, 5, 5).requires_grad_()])
+    assert handle.quantizers["conv"].num_updates == 1
+
+
+def test_channel_last_options_for_all_layers_hold_for_the_probing_forward_too():
+    model = nn.Sequential(nn.Linear(16, 12), nn.Identity())
+    options = CodebookOptions(channel_last=True)
+    handle = fq.attach(model, "1", codebook_size=4, options=options, example_input=torch.randn(3, 5, 16))
+    model(torch.randn(3, 5, 16))
+    assert handle.quantizers["1"].dim == 12
+
+
+def test_class_conditional_codes_survive_a_backward_outside_the_labels():
+    class Segmented(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return checkpoint(self.conv, x, use_reentrant=False)
+
+    model = Segmented()
+    handle = fq.attach(model, "conv", codebook_size=4, options=CodebookOptions(num_classes=2, init="normal"))
+    with handle.labels(torch.tensor([0, 1, 0, 1, 1, 1])):
+        out = model(features(0, 6, 3, 5, 5))
+    (out.sum() + handle.loss()).backward()
+    assert handle.quantizers["conv"].num_updates == 1

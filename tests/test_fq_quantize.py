@@ -822,12 +822,24 @@ def test_layer_may_be_compiled_before_it_is_initialised():
 
 def test_skipped_updates_on_a_device_that_must_not_wait_are_warned_about_once():
     layer = FeatureQuantize(2, 2)
-    outcomes = [torch.tensor(number != 7) for number in range(100)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for valid in outcomes[:-1]:
-            layer._watch(valid)
+        for number in range(100):
+            layer.num_updates += number != 7  # the eighth update is skipped
+            layer._watch(torch.device("cpu"))
+    layer.num_updates += 1
     with pytest.warns(RuntimeWarning, match="NaN or infinity"):
-        layer._watch(outcomes[-1])
-    for valid in outcomes * 2:
-        layer._watch(valid)  # warnings are errors: it does not warn again
+        layer._watch(torch.device("cpu"))
+    for _ in range(250):
+        layer._watch(torch.device("cpu"))  # warnings are errors: it does not warn again
+
+
+def test_updates_that_are_all_made_are_not_warned_about():
+    layer = FeatureQuantize(2, 2)
+    for _ in range(350):
+        layer.num_updates += 1
+        layer._watch(torch.device("cpu"))
+    layer.load_state_dict(FeatureQuantize(2, 2).state_dict())  # fewer updates, and none of them lost
+    for _ in range(150):
+        layer.num_updates += 1
+        layer._watch(torch.device("cpu"))

@@ -350,6 +350,14 @@ def test_the_operator_keeps_every_promise_of_an_operator(dtype, layout, per_samp
 
 
 @reads_gradients
+@pytest.mark.parametrize("shape", [(1, 5, 7), (1, 5, 1), (3, 5, 1), (1, 5, 1100)])
+def test_the_operator_keeps_its_promises_of_one_sample_or_one_place(shape):
+    codebook = normal(1, 4, 5).float()
+    for features in (normal(0, *shape).float(), normal(0, *shape[::-1]).float().permute(2, 1, 0)):
+        torch.library.opcheck(torch.ops.fq.quantize.default, (features, codebook, None, None, True, False))
+
+
+@reads_gradients
 def test_the_operator_for_classes_and_the_search_do_too():
     features, codebook, *rest = arguments(torch.float32, "columns", per_sample=False)
     labels = torch.tensor([1, 0, 1])
