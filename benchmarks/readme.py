@@ -127,8 +127,10 @@ def _processes(result: dict[str, Any]) -> str:
     over, size = result["over plain"], result["batch_size"]
     return (
         f"Two processes, `python -m benchmarks.processes` (gloo, width {result['d_channels']}, {size} real + "
-        f"{size} fake each, {result['clock']}): a site sends one tensor a step "
-        f"({', '.join(f'{size / 2**20:.2f}' for size in sent)} MiB). FQ adds {over['apart']:.1%} with a "
+        f"{size} fake each, {result['clock']}): FQ's all-reduces of the last step were "
+        f"{', '.join(f'{number / 2**20:.2f}' for number in sent)} MiB: the statistics of the four sites, sent "
+        "beside the rest of the forward, then for every site with dead codes the numbers of tokens and the "
+        f"tokens that replace them. FQ adds {over['apart']:.1%} with a "
         f"codebook a process, {over['together']:.1%} with common ones, {over['together, waiting']:.1%} when "
         f"the exchange is waited for. {_machine(result['provenance'])}"
     )
