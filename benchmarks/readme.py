@@ -125,10 +125,11 @@ def quantiser() -> str:
 def _processes(result: dict[str, Any]) -> str:
     sent = result["FQ's all-reduces of a step, bytes"]["together"]
     over, size = result["over plain"], result["batch_size"]
+    mib = ", ".join(f"{number / 2**20:.2f}" for number in sent)
     return (
         f"Two processes, `python -m benchmarks.processes` (gloo, width {result['d_channels']}, {size} real + "
         f"{size} fake each, {result['clock']}): FQ's all-reduces of the last step were "
-        f"{', '.join(f'{number / 2**20:.2f}' for number in sent)} MiB: the statistics of the four sites, sent "
+        f"{mib} MiB: the statistics of the four sites, sent "
         "beside the rest of the forward, then for every site with dead codes the numbers of tokens and the "
         f"tokens that replace them. FQ adds {over['apart']:.1%} with a "
         f"codebook a process, {over['together']:.1%} with common ones, {over['together, waiting']:.1%} when "
