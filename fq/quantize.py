@@ -379,12 +379,12 @@ class FeatureQuantize(nn.Module):
             return self.codebook
         if not recomputing():
             moving = updating and not self.options.deferred_update
-            names = [
-                "codebook",
-                "num_updates",
-                *(["ema_variance"] if self.options.divide_by_variance else []),
-            ]
-            self._before = {name: getattr(self, name).clone() for name in names} if moving else None
+            used = {
+                "codebook": moving,
+                "num_updates": moving and (self.mode == "blend" or self.options.warmup_updates > 0),
+                "ema_variance": moving and self.options.divide_by_variance,
+            }
+            self._before = {name: getattr(self, name).clone() for name in used if used[name]} or None
         return self._then("codebook")
 
     def _then(self, name: str) -> Tensor:
