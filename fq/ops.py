@@ -60,16 +60,52 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, of_difference: Tensor | None, of_error: Tensor | None, *_: Any) -> Any:
     (difference,) = ctx.saved_tensors
-    gradient = None
+    gradient = of_difference
     if of_error is not None:
         batch, dim, places = difference.shape
         scale = of_error * (2 / max(dim * places * (1 if ctx.per_sample else batch), 1))
-        gradient = difference * (scale[:, None, None] if ctx.per_sample else scale)
-    if of_difference is not None:
-        gradient = of_difference if gradient is None else gradient + of_difference
+        scale = scale[:, None, None] if ctx.per_sample else scale
+        gradient = difference * scale if gradient is None else torch.addcmul(gradient, difference, scale)
     if gradient is not None:
         gradient = gradient.to(ctx.dtype)
     return gradient, None, None, None, None, None
+
+
+def straight_through(difference: Tensor, value: Tensor) -> Tensor:
+    """A value that passes its gradient on to ``difference`` unchanged.
+
+    ``value + (x - x.detach())`` would do the same, but then the backward pass has two gradients of the
+    features to add up; this way :func:`quantize` adds them while it makes its own.
+
+    Args:
+        difference: from :func:`quantize`, whose gradient with respect to the features is the identity.
+        value: of the same shape, fresh and without a gradient; it becomes the result.
+
+    Returns:
+        ``value``, now part of the graph.
+
+    Example:
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> straight_through(x * 1, torch.ones(2)).sum().backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
+    result: Tensor = _StraightThrough.apply(difference, value)
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(difference: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.mark_dirty(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class _Quantize(torch.autograd.Function):

@@ -237,8 +237,7 @@ class FeatureQuantize(nn.Module):
             loss = error if isinstance(weight, float) and weight == 1.0 else weight * error
             output = features
             if self.mode != "regularize":
-                away = difference.detach() if scale is None else (difference * scale).detach()
-                output = self._output(features, raw, away)
+                output = self._output(features, raw, difference, scale)
             if updating:
                 self._observe(tokens, packed, pools, learn)
         return Pass(output, self._shape_of_indices(indices, features), loss, error)
@@ -439,20 +438,22 @@ class FeatureQuantize(nn.Module):
             weight = weight / self._then("ema_variance").clamp(min=1e-12)
         return weight
 
-    def _output(self, features: Tensor, tokens: Tensor, away: Tensor) -> Tensor:
-        """The codes in place of the features, or a share of them, in their shape, layout and dtype.
-
-        ``away`` is tokens minus codes, detached.
-        """
-        tokens = tokens.to(away.dtype)
-        if self.options.gradient == "rotation":
+    def _output(self, features: Tensor, tokens: Tensor, difference: Tensor, scale: Tensor | None) -> Tensor:
+        """The codes in place of the features, or a share of them, in their shape, layout and dtype."""
+        tokens = tokens.to(difference.dtype)
+        away = difference.detach() if scale is None else (difference * scale).detach()  # tokens minus codes
+        plain = scale is None and self.options.gradient == "straight-through"
+        if not plain and self.options.gradient == "rotation":
             away = tokens - rotate(tokens, tokens.detach() - away)
         blend = self.blend()
         if isinstance(blend, Tensor) or blend != 1.0:
             away = away * blend
-        if self.options.channel_last:
-            return (tokens - away).transpose(1, 2).reshape(features.shape).to(features.dtype)
-        return (tokens - away).reshape(features.shape).to(features.dtype)
+        if plain and not torch.compiler.is_compiling():
+            output = ops.straight_through(difference, tokens.detach() - away)
+        else:
+            output = tokens - away
+        output = output.transpose(1, 2) if self.options.channel_last else output
+        return output.reshape(features.shape).to(features.dtype)
 
     def _shape_of_indices(self, indices: Tensor, features: Tensor) -> Tensor:
         spatial = features.shape[1:-1] if self.options.channel_last else features.shape[2:]
