@@ -182,10 +182,10 @@ def quick(shapes: list[str], *, repeats: int, threads: int) -> dict[str, Any]:
     ratios, percent = {}, {}
     for name in shapes:
         times = measure_times(name, repeats=repeats, threads=threads, quick=True)["times"]["clustered"]
-        percent[name] = 100 * times["search"].pop("limit")["share"]
+        percent[name] = 100 * times["search"]["limit"]["share"]
         ratios[name] = {
             mode: {peer: entry.get("ratio", entry.get("skipped")) for peer, entry in entries.items()
-                   if peer != "ours"}
+                   if peer not in ("ours", "limit")}
             for mode, entries in times.items()
         }  # fmt: skip
     grown = {f"{name} {mode}": _grown(SHAPES[name], "ours", mode, threads) for name, mode in QUICK_GROWTH}

@@ -249,8 +249,15 @@ def report(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+_CEILINGS = {
+    "search": ("upstream", "lucidrains", "addmm", "faiss"),
+    "train_forward": ("upstream", "lucidrains"),
+    "train_step": ("upstream", "lucidrains"),
+}
+
+
 def ceilings(results: Results) -> list[str]:
-    """What the ratios of the search would be if it took exactly L: each ratio over our share of L.
+    """What the ratios would be at the limit of each mode: each ratio over our share of that limit.
 
     Args:
         results: of ``benchmarks.search``.
@@ -259,19 +266,22 @@ def ceilings(results: Results) -> list[str]:
         Lines of Markdown.
     """
     lines = []
-    for peer in ("upstream", "lucidrains", "addmm", "faiss"):
-        cells = []
-        for shape in COLUMNS:
-            measured = results["shapes"].get(shape, {"times": {}})["times"].values()
-            searches = [data["search"] for data in measured if "search" in data]
-            found = [search[peer]["ratio"] / search["limit"]["share"] for search in searches
-                     if "ratio" in search.get(peer, {}) and "limit" in search]  # fmt: skip
-            cells.append(f"{min(found):.2f}x" if found else "")
-        lines.append(f"| {LABELS[peer]} | " + " | ".join(cells) + " |")
+    for mode, peers in _CEILINGS.items():
+        for peer in peers:
+            cells = []
+            for shape in COLUMNS:
+                measured = results["shapes"].get(shape, {"times": {}})["times"].values()
+                entries = [data[mode] for data in measured if mode in data]
+                found = [entry[peer]["ratio"] / entry["limit"]["share"] for entry in entries
+                         if "ratio" in entry.get(peer, {}) and "limit" in entry]  # fmt: skip
+                cells.append(f"{min(found):.2f}x" if found else "")
+            lines.append(f"| {MODE_NAMES[mode]} vs {LABELS[peer]} | " + " | ".join(cells) + " |")
     return [
-        "What a search that took exactly L, with no reduction at all, would reach on this machine:",
+        "What a layer at the limit would reach on this machine: for a search nothing but the product L; for "
+        "train-forward L and one fresh tensor like the input, for train-step three (leaf, output and the "
+        "gradient). No reduction, no statistics:",
         "",
-        _header("search vs", COLUMNS),
+        _header("at the limit", COLUMNS),
         *lines,
         "",
     ]

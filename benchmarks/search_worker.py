@@ -54,20 +54,22 @@ def time_shape(
         peers: names in ``PEERS``, ``"ours"`` first; those that a mode does not have are left out of it.
         repeats: rounds; each sets every peer beside a run of ours.
         modes: of ``MODES``.
-        limit: whether to time the matrix product alone among the searches.
+        limit: whether to time, in every mode, the matrix product alone, and with a training mode the copies
+            that nobody can do without: the output, and in a step the leaf and its gradient.
 
     Returns:
         ``{mode: {peer: {"ms", "ratio", "quartiles", "ratios", "differ", "beyond"} or {"skipped": why}}}``,
-        where a ratio is the peer's time over that of the run of ours just before it; for ``search`` also
-        ``"limit"``.
+        where a ratio is the peer's time over that of the run of ours just before it; also ``"limit"``.
     """
     features, state = MAKERS[data](shape)
     result: dict[str, Any] = {}
     for mode in modes:
         calls, entries = _candidates(peers, mode, features, state, shape)
-        if mode == "search" and limit:
+        if limit:
             product, tokens = Product(state.codes, shape.tokens), as_tokens(features)
-            calls |= {"mm": partial(product.mm, tokens), "convolution": partial(product.convolution, tokens)}
+            copies = MODES.index(mode) if mode != "train_step" else 3
+            for name in ("mm", "convolution"):
+                calls[name] = partial(_least, getattr(product, name), tokens, features, copies)
             product.mm(tokens)  # the pages of the kept result are its cost only once
         times, ratios = _by_turns(calls, repeats)
         for name in calls:
@@ -83,6 +85,12 @@ def time_shape(
         result[mode] = entries
         print(f"    {data} {mode}: " + _line(entries), file=sys.stderr, flush=True)
     return result
+
+
+def _least(product: Callable[[Tensor], None], tokens: Tensor, features: Tensor, copies: int) -> list[Tensor]:
+    """The product, and as many fresh tensors like the features as the mode has to hand out."""
+    product(tokens)
+    return [features.clone() for _ in range(copies)]
 
 
 def _candidates(

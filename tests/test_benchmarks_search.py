@@ -129,7 +129,8 @@ def made_up(ratio, *, memory=6.0, shapes=("S1", "S2", "S3", "S4")):
         | {name: dict(entry) for name, kind in PEERS.items() if name != "ours" and mode in kind.modes}
         for mode in peers.MODES
     }
-    times["search"]["limit"] = {"best": "convolution", "gflops": 107.0, "share": 0.5}
+    for mode, share in zip(peers.MODES, (0.5, 0.6, 0.75), strict=True):
+        times[mode]["limit"] = {"best": "convolution", "gflops": 107.0, "share": share}
     grown = {mode: {"ours": memory, "ours, 4N": memory, "upstream": 136.0} for mode in search.MEMORY_MODES}
     return {
         "settings": {"threads": 1, "clock": "process time", "repeats": 3},
@@ -160,6 +161,13 @@ def test_verdicts_follow_from_the_numbers():
     assert found["search, memory beyond indices"] == (True, True)
     assert found["BigGAN-CIFAR discriminator step, overhead"] == (None, None)
     assert set(verdicts(made_up(11.0)).values()) >= {(True, True)}
+
+
+def test_what_the_limit_itself_would_reach_is_told_for_every_mode():
+    lines = search_report.ceilings(made_up(6.0))
+    assert "| search vs lucidrains | 12.00x | 12.00x | 12.00x | 12.00x |  |  |  |" in lines
+    assert "| train-forward vs upstream form | 10.00x | 10.00x | 10.00x | 10.00x |  |  |  |" in lines
+    assert "| train-step vs upstream form | 8.00x | 8.00x | 8.00x | 8.00x |  |  |  |" in lines
 
 
 def test_the_worse_kind_of_data_and_the_worst_shape_decide():
@@ -201,7 +209,7 @@ def test_the_report_prints_the_numbers_and_every_miss(tmp_path):
     text = search_report.report(results)
     assert "| search vs upstream form | ≥ 3x each | ≥ 5x mean | 2.50x | 2.50x | 2.50x | 2.50x |" in text
     assert text.count("**NOT met**") == sum(row.count(False) for row in search_report.judge(results))
-    assert "| upstream form | 5.00x | 5.00x | 5.00x | 5.00x |" in text  # at L: 2.5 over a half
+    assert "| search vs upstream form | 5.00x | 5.00x | 5.00x | 5.00x |" in text  # at L: 2.5 over a half
     assert "| ours | 30.0 | 30.0 | 30.0 | 30.0 |" in text and "| upstream form | 136.0 |" in text
     assert "--out else" in text and "somewhere" not in text
     search_report.draw(results, tmp_path / "search.png")
