@@ -88,6 +88,9 @@ class BigGANConfig:
     """Hidden width of a discriminator block: its output channels (True) or its input channels (False)."""
     inplace_relu: bool = False
     """Rectify in place; the discriminator head then overwrites the output of the last block."""
+    class_head: Literal["projection", "auxiliary", "auxiliary_projection", "twin"] = "projection"
+    """How the discriminator sees classes: projection (BigGAN), an auxiliary classifier (AC-GAN), one whose row
+    of the class also adds to the output, or a second, twin classifier for generated pictures (TAC-GAN)."""
     init: Literal["ortho", "normal02", "xavier"] = "ortho"
     """Initialisation of every convolution, linear and embedding weight."""
     sn_eps: float = 1e-8
@@ -112,6 +115,8 @@ class BigGANConfig:
             raise ValueError(f"sn_eps is {self.sn_eps} but must be above 0, for example 1e-8")
         if self.init not in ("ortho", "normal02", "xavier"):
             raise ValueError(f"init is {self.init!r} but must be 'ortho', 'normal02' or 'xavier'")
+        if self.class_head not in (heads := ("projection", "auxiliary", "auxiliary_projection", "twin")):
+            raise ValueError(f"class_head is {self.class_head!r} but must be one of {', '.join(heads)}")
         self._check_latent()
         self._check_attention("g_attention", self.layout.g_labels, self.layout.g_out, self.g_channels)
         self._check_attention("d_attention", self.layout.d_labels, self.layout.d_out, self.d_channels)
@@ -490,8 +495,22 @@ class Generator(nn.Module):
             )
 
 
+class Verdict(NamedTuple):
+    """What a discriminator with auxiliary classifiers says of pictures."""
+
+    realness: Tensor
+    """``[B, 1]``, before any loss."""
+    twin_scores: Tensor | None
+    """``[B, classes]`` of the classifier that learns from generated pictures (TAC-GAN); None without one."""
+    class_scores: Tensor
+    """``[B, classes]`` of the classifier that learns from real pictures."""
+
+
 class Discriminator(nn.Module):
     """Projection discriminator (Miyato & Koyama, ICLR 2018) on BigGAN's residual blocks.
+
+    With another ``class_head`` it has classifiers instead (Odena et al. 2017; TAC-GAN, Gong et al. 2019, whose
+    state names ``linear_c`` and ``linear_mi`` these are) and returns a `Verdict`.
 
     Args:
         config: see `BigGANConfig`.
@@ -518,10 +537,15 @@ class Discriminator(nn.Module):
                 block.append(SelfAttention(config, channels))
             self.blocks.append(block)
         self.linear = _linear(config, channels, 1)
-        self.embed = _embedding(config, config.num_classes, channels)
+        if config.class_head == "projection":
+            self.embed = _embedding(config, config.num_classes, channels)
+        else:
+            self.linear_c = _linear(config, channels, config.num_classes)
+        if config.class_head == "twin":
+            self.linear_mi = _linear(config, channels, config.num_classes)
         _initialise(self, config.init)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor | Verdict:
         """Realness of images given their class, ``linear(h) + <embed(labels), h>``, unbounded.
 
         Args:
@@ -529,7 +553,7 @@ class Discriminator(nn.Module):
             labels: int64 ``[B]``.
 
         Returns:
-            ``[B, 1]``, before any loss.
+            ``[B, 1]``, before any loss; a `Verdict` with another ``class_head`` than projection.
 
         Raises:
             ValueError: images of another size, or labels that are not one integer per image.
@@ -551,7 +575,16 @@ class Discriminator(nn.Module):
                 h = layer(h)
         # In place this overwrites the output of the last block, as the public head does.
         pooled = F.relu(h, inplace=self.config.inplace_relu).sum(dim=(2, 3))  # [B, C]
-        return self.linear(pooled) + (self.embed(labels) * pooled).sum(dim=1, keepdim=True)
+        if self.config.class_head == "projection":
+            return self.linear(pooled) + (self.embed(labels) * pooled).sum(dim=1, keepdim=True)
+        return self._verdict(pooled, labels)
+
+    def _verdict(self, pooled: Tensor, labels: Tensor) -> Verdict:
+        realness, class_scores = self.linear(pooled), self.linear_c(pooled)
+        if self.config.class_head == "auxiliary_projection":
+            realness = realness + class_scores.gather(1, labels[:, None])
+        twin = self.linear_mi(pooled) if self.config.class_head == "twin" else None
+        return Verdict(realness, twin, class_scores)
 
 
 @torch.no_grad()

@@ -1,16 +1,19 @@
-"""Everything a run can be told, and the presets. The docstrings of the fields are the help text."""
+"""Everything a run can be told. The docstrings of the fields are the help text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
 from backbones.biggan import BigGANConfig
 from backbones.data import DataConfig
+from backbones.losses import LossName
+from backbones.stylegan2 import StyleGAN2Config
+from backbones.ugatit import UGATITConfig
 
 T = TypeVar("T")
 
@@ -19,6 +22,42 @@ def _at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         if not least <= getattr(config, name) < math.inf:  # nor NaN, which passes a plain <
             raise ValueError(f"{name} is {getattr(config, name)}: give at least {least}")
+
+
+def _above_zero(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(config, name)}: give a finite number above 0")
+
+
+def _factors(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}: give a factor from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """Which two domains of pictures a translation goes between.
+
+    Raises:
+        ValueError: an option lies outside its range.
+    """
+
+    data: str = "data/pair"
+    """A folder with trainA, trainB, testA and testB, or A=PATH,B=PATH[,testA=PATH,testB=PATH], where a path is
+    a folder, a .zip, an .npz with images, or an .npz pack of JPEG files (PACK#NAME+NAME takes these classes)."""
+    data_root: str = "."
+    """Folder below which relative paths are looked up."""
+    mirror: bool = True
+    """Flip pictures left to right at random."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+    num_workers: int = 0
+    """Processes that prepare batches of each domain; 0 prepares them in the training process."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +75,8 @@ class QuantizerConfig:
     """Discriminator modules to attach to: names, ends of names, or globs."""
     codebook_size: int = 1024
     """Codes of every layer."""
+    codebook_sizes: tuple[int, ...] = ()
+    """Codes of each of the layers, in their order, where they differ; codebook_size counts when empty."""
     decay: float = 0.8
     """Factor of the codebooks' moving averages."""
     commitment_weight: float = 1.0
@@ -51,6 +92,13 @@ class QuantizerConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "codebook_size", "blend_steps")
+        if self.codebook_sizes and len(self.codebook_sizes) != len(self.layers):
+            raise ValueError(
+                f"codebook_sizes names {len(self.codebook_sizes)} sizes for {len(self.layers)} layers: give one "
+                "for each, or none"
+            )
+        if min(self.codebook_sizes, default=1) < 1:
+            raise ValueError(f"codebook_sizes holds {min(self.codebook_sizes)}: a codebook has at least 1 code")
         _at_least(self, 0, "commitment_weight")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay is {self.decay}: give a moving-average factor from 0 to below 1")
@@ -59,8 +107,8 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Batches and optimisers.
+class BigGANOptim:
+    """Losses, batches and optimisers of BigGAN and TAC-GAN.
 
     Raises:
         ValueError: a value is outside its range.
@@ -88,16 +136,109 @@ class OptimConfig:
     """Steps before which the average is a plain copy."""
     g_orthogonal: float = 0.0
     """Strength of the generator's orthogonal regularisation (1e-4 in the BigGAN paper)."""
+    loss: LossName = "hinge"
+    """Adversarial loss; wasserstein wants gradient_penalty 10 and spectral_norm off."""
+    gradient_penalty: float = 0.0
+    """Factor of the penalty that holds gradient norms between real and fake at 1 (WGAN-GP)."""
+    class_loss: Literal["cross_entropy", "multiclass_hinge"] = "cross_entropy"
+    """Loss of the classifiers that a class_head other than projection has."""
+    class_weight: float = 1.0
+    """Factor of the classifiers' losses."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size", "accumulation", "d_steps")
-        _at_least(self, 0, "ema_start", "g_orthogonal")
-        for name in ("lr_g", "lr_d", "adam_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a finite number above 0")
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a factor from 0 to below 1")
+        _at_least(self, 0, "ema_start", "g_orthogonal", "gradient_penalty", "class_weight")
+        _above_zero(self, "lr_g", "lr_d", "adam_eps")
+        _factors(self, "beta1", "beta2", "ema_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleGAN2Optim:
+    """Losses, batches and optimisers of StyleGAN2 (non-saturating loss, lazy R1 and path length).
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    batch_size: int = 32
+    """Pictures a process handles at once."""
+    accumulation: int = 1
+    """Micro-batches whose gradients are added up before a step of an optimiser."""
+    lr_g: float = 2e-3
+    """Learning rate of the generator."""
+    lr_d: float = 2e-3
+    """Learning rate of the discriminator."""
+    beta1: float = 0.0
+    """Adam's first factor."""
+    beta2: float = 0.99
+    """Adam's second factor."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    r1_gamma: float = 10.0
+    """Weight γ of the R1 penalty; 0 leaves it out."""
+    r1_every: int = 16
+    """Steps from one R1 phase to the next; its gradient counts that many times."""
+    path_weight: float = 2.0
+    """Weight of the path length penalty; 0 leaves it out."""
+    path_every: int = 4
+    """Steps from one path length phase to the next; its gradient counts that many times."""
+    path_shrink: int = 2
+    """The path length phase uses the batch divided by this."""
+    path_decay: float = 0.01
+    """Share of a batch in the moving average of path lengths."""
+    style_mixing: float = 0.9
+    """Probability that the finer styles of a batch come from other latents."""
+    ema_kimg: float = 10.0
+    """Thousands of pictures after which half of the generator's moving average is new."""
+    ema_rampup: float = 0.0
+    """While training is young, the half-life is at most this share of the pictures seen; 0 for never."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size", "accumulation", "r1_every", "path_every", "path_shrink")
+        _at_least(self, 0, "r1_gamma", "path_weight", "ema_rampup")
+        _above_zero(self, "lr_g", "lr_d", "adam_eps", "ema_kimg")
+        _factors(self, "beta1", "beta2")
+        for name in ("style_mixing", "path_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UGATITOptim:
+    """Losses, batches and optimisers of U-GAT-IT (least squares, cycle, identity and CAM losses).
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    batch_size: int = 1
+    """Pictures of each domain that a process handles at once."""
+    lr: float = 1e-4
+    """Learning rate of both optimisers."""
+    schedule_steps: int = 1_000_000
+    """The rate stays for the first half of these steps and falls linearly to 0 over the second."""
+    beta1: float = 0.5
+    """Adam's first factor."""
+    beta2: float = 0.999
+    """Adam's second factor."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 1e-4
+    """Adam's L2 penalty."""
+    adversarial_weight: float = 1.0
+    """Factor of the adversarial losses of the generators."""
+    cycle_weight: float = 10.0
+    """Factor of the L1 distance to a picture translated there and back."""
+    identity_weight: float = 10.0
+    """Factor of the L1 distance to a picture translated into its own domain."""
+    cam_weight: float = 1000.0
+    """Factor of the generators' attention loss, which tells the two domains apart."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size", "schedule_steps")
+        _at_least(self, 0, "weight_decay", "adversarial_weight", "cycle_weight", "identity_weight", "cam_weight")
+        _above_zero(self, "lr", "adam_eps")
+        _factors(self, "beta1", "beta2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,24 +284,100 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A run of BigGAN, with or without feature quantisation.
+class BigGANTraining:
+    """A run of BigGAN or TAC-GAN, with or without feature quantisation.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: a value is outside its range, or values do not go together.
     """
 
     preset: tyro.conf.Suppress[str]
     data: DataConfig
     model: BigGANConfig
     quantizer: QuantizerConfig
-    optim: OptimConfig
+    optim: BigGANOptim
     run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.optim.class_loss != "cross_entropy" and self.model.class_head == "projection":
+            raise ValueError(
+                f"class_loss is {self.optim.class_loss} but the projection head has no classifier: choose "
+                "another --class-head, such as twin"
+            )
 
     @property
     def folder(self) -> str:
         """Where the run goes."""
-        return self.run.out or f"runs/{self.preset}-{self.quantizer.fq}-{self.run.seed}"
+        return _folder(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleGAN2Training:
+    """A run of StyleGAN2, with or without feature quantisation.
+
+    Raises:
+        ValueError: a value is outside its range, or values do not go together.
+    """
+
+    preset: tyro.conf.Suppress[str]
+    data: DataConfig
+    model: StyleGAN2Config
+    quantizer: QuantizerConfig
+    optim: StyleGAN2Optim
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        batch, group = self.optim.batch_size, self.model.mbstd_group
+        if group and batch % min(group, batch):
+            raise ValueError(
+                f"batch_size is {batch} but the discriminator compares pictures in groups of {group}: make it "
+                "a multiple, or choose another --mbstd-group"
+            )
+        if self.optim.path_weight and batch < self.optim.path_shrink:
+            raise ValueError(
+                f"batch_size is {batch} but the path length phase divides it by path_shrink, which is "
+                f"{self.optim.path_shrink}: raise the one or lower the other"
+            )
+
+    @property
+    def folder(self) -> str:
+        """Where the run goes."""
+        return _folder(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UGATITTraining:
+    """A run of U-GAT-IT, with or without feature quantisation in its global discriminators.
+
+    Raises:
+        ValueError: a value is outside its range, or values do not go together.
+    """
+
+    preset: tyro.conf.Suppress[str]
+    data: PairConfig
+    model: UGATITConfig
+    quantizer: QuantizerConfig
+    optim: UGATITOptim
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.run.steps > self.optim.schedule_steps:
+            raise ValueError(
+                f"steps is {self.run.steps} but the learning rate reaches 0 at schedule_steps, which is "
+                f"{self.optim.schedule_steps}: raise --schedule-steps too"
+            )
+
+    @property
+    def folder(self) -> str:
+        """Where the run goes."""
+        return _folder(self)
+
+
+Training = BigGANTraining | StyleGAN2Training | UGATITTraining
+
+
+def _folder(config: Training) -> str:
+    return config.run.out or f"runs/{config.preset}-{config.quantizer.fq}-{config.run.seed}"
 
 
 MAY_CHANGE = (
@@ -169,98 +386,6 @@ MAY_CHANGE = (
     *("data." + name for name in ("num_workers", "data_root", "download")),
 )
 """Options that may differ when a run is resumed: they change what is reported, never what is computed."""
-
-_DIGITS = TrainConfig(
-    preset="digits",
-    data=DataConfig(data="digits", dequantize=1 / 16),
-    model=BigGANConfig(resolution=16, g_channels=8, d_channels=8, latent_dim=64),
-    quantizer=QuantizerConfig(codebook_size=64, decay=0.9, generator_step="loss"),
-    optim=OptimConfig(
-        batch_size=32, d_steps=2, lr_g=5e-4, lr_d=2e-3, beta2=0.99, ema_decay=0.99, ema_start=50
-    ),
-    run=RunConfig(
-        steps=1000,
-        sample_every=200,
-        eval_every=200,
-        checkpoint_every=200,
-        features="classifier",
-        num_eval=2000,
-    ),
-)
-_CIFAR10 = TrainConfig(
-    preset="cifar10",
-    data=DataConfig(data="cifar10"),
-    model=BigGANConfig(resolution=32, init="normal02"),
-    quantizer=QuantizerConfig(),
-    optim=OptimConfig(),
-    run=RunConfig(steps=97_500),  # 500 epochs of 195 steps, each 4 x 64 pictures
-)
-_IMAGENET64 = TrainConfig(
-    preset="imagenet64",
-    data=DataConfig(data="data/imagenet", resize=True, num_workers=8),
-    model=BigGANConfig(
-        resolution=64,
-        num_classes=1000,
-        latent_dim=120,
-        shared_dim=128,
-        hierarchical=True,
-        g_attention=(32,),
-        d_attention=(32,),
-        inplace_relu=True,
-        sn_eps=1e-6,
-    ),
-    quantizer=QuantizerConfig(layers=("blocks.2.0",), decay=0.7, commitment_weight=0.5),
-    optim=OptimConfig(
-        batch_size=128, accumulation=4, d_steps=1, lr_g=1e-4, lr_d=4e-4, adam_eps=1e-6, ema_start=20_000
-    ),
-    run=RunConfig(steps=250_000, num_eval=50_000),
-)
-
-PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    "digits": ("Handwritten digits at 16 pixels: minutes on a laptop, nothing to fetch.", _DIGITS),
-    "smoke": (
-        "Digits through a tiny model for a few steps: does everything work here?",
-        replace(
-            _DIGITS,
-            preset="smoke",
-            model=replace(_DIGITS.model, g_channels=2, d_channels=2, latent_dim=16),
-            quantizer=replace(_DIGITS.quantizer, codebook_size=16),
-            optim=replace(_DIGITS.optim, batch_size=16),
-            run=RunConfig(
-                steps=20,
-                log_every=5,
-                sample_every=10,
-                eval_every=0,
-                checkpoint_every=10,
-                features="random",
-                num_eval=200,
-            ),
-        ),
-    ),
-    "cifar10": ("CIFAR-10 with the paper's settings (FQ at all four blocks).", _CIFAR10),
-    "cifar100": (
-        "CIFAR-100 with the paper's settings.",
-        replace(
-            _CIFAR10,
-            preset="cifar100",
-            data=DataConfig(data="cifar100"),
-            model=replace(_CIFAR10.model, num_classes=100),
-            quantizer=QuantizerConfig(codebook_size=64, decay=0.9, commitment_weight=10.0),
-        ),
-    ),
-    "imagenet64": ("ImageNet (or any folder) at 64 pixels, effective batch 512.", _IMAGENET64),
-    "imagenet128": (
-        "ImageNet at 128 pixels, effective batch 1024; the published script's missing shared embedding is "
-        "set.",
-        replace(
-            _IMAGENET64,
-            preset="imagenet128",
-            model=replace(_IMAGENET64.model, resolution=128, g_attention=(64,), d_attention=(64,)),
-            quantizer=QuantizerConfig(layers=("blocks.[0-3].0",), commitment_weight=15.0),  # of six blocks
-            optim=replace(_IMAGENET64.optim, batch_size=256),
-        ),
-    ),
-}
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -291,3 +416,25 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
             value = from_dict(nested, value)  # type: ignore[arg-type]
         built[name] = tuple(value) if isinstance(value, list) else value
     return kind(**built)
+
+
+def stored_training(values: Mapping[str, Any]) -> Training:
+    """The configuration of a run of any model, told apart by what its ``model`` group holds.
+
+    Args:
+        values: contents of a ``config.json``.
+
+    Returns:
+        The configuration, checked as ever.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value is out of range.
+    """
+    model = values.get("model")
+    given = set(model) if isinstance(model, Mapping) else set()
+    kinds: tuple[type[Training], ...] = (BigGANTraining, StyleGAN2Training, UGATITTraining)
+
+    def known(kind: type[Training]) -> int:
+        return len(given & {field.name for field in fields(get_type_hints(kind)["model"])})
+
+    return from_dict(max(kinds, key=known), values)

@@ -193,7 +193,7 @@ def _read_discriminator(state: Mapping[str, Tensor]) -> dict[str, Any]:
     unit = _unit(state, row.d_out, resolution, "discriminator")
     return {
         "resolution": resolution,
-        "num_classes": state["embed.weight"].shape[0],
+        **_class_head(state),
         "d_channels": unit,
         "d_attention": _discriminator_attention(_attention_blocks(state), row.d_labels),
         "wide": all(
@@ -202,6 +202,14 @@ def _read_discriminator(state: Mapping[str, Tensor]) -> dict[str, Any]:
         ),
         "spectral_norm": "linear.u0" in state,
     }
+
+
+def _class_head(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Number of classes, and the head that has them; shapes do not show whether a class row is projected."""
+    if "linear_c.weight" in state:
+        head = "twin" if "linear_mi.weight" in state else "auxiliary"
+        return {"num_classes": state["linear_c.weight"].shape[0], "class_head": head}
+    return {"num_classes": state["embed.weight"].shape[0], "class_head": "projection"}
 
 
 def _discriminator_attention(blocks: set[int], labels: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Score a trained BigGAN: ``python -m backbones.evaluate RUN --features inception:PATH``."""
+"""Score a trained model: ``python -m backbones.evaluate RUN --features inception:PATH``."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import Tensor
 
-from backbones.configs import TrainConfig, from_dict
+from backbones.configs import UGATITTraining, stored_training
 from backbones.data import DataConfig, open_images
-from backbones.sample import generate, load_generator
+from backbones.sample import load_generator, sampler
 from backbones.scores import make_extractor, score_generator
+from backbones.translate import Direction, load_translator, score_translations
+from backbones.unpaired import open_pair
 from fq.provenance import provenance
 from fq.run import CONFIG, load_config, newest_checkpoint, write_atomically
 
 
+_NO_NETWORK = "no network to score with: pass --features classifier, inception:PATH or NETWORK:PATH"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Score the averaged generator of a run, or a public BigGAN checkpoint, against real pictures.
+    """Score the generator of a run, or a public BigGAN or StyleGAN2 checkpoint, against real pictures.
 
     Raises:
         ValueError: a number is outside its range.
@@ -38,8 +42,8 @@ class EvaluateConfig:
     """Samples to draw; 0 takes the run's number, or 10,000."""
     num_real: int = 50_000
     """Real pictures to compare with, if there are that many."""
-    truncation: float = 0.0
-    """Draw latents again beyond this; 0 keeps all, as scores of record do."""
+    truncation: float | None = None
+    """As for backbones.sample; left out it keeps all variety, as scores of record do."""
     seed: int = 0
     """Seed of the latents."""
     out: str = ""
@@ -63,9 +67,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         FileNotFoundError: run, checkpoint, weights or pictures are missing.
         ValueError: they do not fit together.
     """
-    generator, model = load_generator(config.source)
     run = _run_folder(Path(config.source))
-    trained = from_dict(TrainConfig, load_config(run)) if run else None
+    trained = stored_training(load_config(run)) if run else None
+    if isinstance(trained, UGATITTraining):
+        return _evaluate_translation(config, trained)
+    generator, model = load_generator(config.source)
     if trained is None and not config.data:
         raise ValueError(
             f"{config.source} does not say what it was trained on: name the pictures with --data"
@@ -75,19 +81,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         data = replace(data, data=config.data)
     features = config.features or (trained.run.features if trained else "none")
     if features == "none":
-        raise ValueError(
-            "no network to score with: pass --features classifier, inception:PATH or NETWORK:PATH"
-        )
+        raise ValueError(_NO_NETWORK)
     images = open_images(data, resolution=model.resolution, conditional=model.num_classes > 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractor = make_extractor(features, images, device=device)
     generator.to(device)
 
-    def sample(labels: Tensor, start: int) -> Tensor:
-        return generate(generator, model, labels, seed=config.seed, first=start, truncation=config.truncation)
-
     scores = score_generator(
-        sample,
+        sampler(generator, model, seed=config.seed, truncation=config.truncation),
         images,
         extractor,
         num_samples=config.num_eval or (trained.run.num_eval if trained else 10_000),
@@ -96,11 +97,40 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         conditional=model.num_classes > 1,
         dequantize=data.dequantize,
     )
+    return _result(config, f"{images.name} {images.digest[:8]}", scores)
+
+
+def _evaluate_translation(config: EvaluateConfig, trained: UGATITTraining) -> dict[str, Any]:
+    """Both directions of U-GAT-IT on the test pictures."""
+    if config.truncation is not None:
+        raise ValueError("truncation is for generators that start from noise: leave it out for U-GAT-IT")
+    source = replace(trained.data, data=config.data) if config.data else trained.data
+    pair = open_pair(
+        source.data, trained.model.resolution, split="test", root=source.data_root,
+        skip_corrupt=source.skip_corrupt,
+    )  # fmt: skip
+    features = config.features or trained.run.features
+    if features == "none":
+        raise ValueError(_NO_NETWORK)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    extractor = make_extractor(features, pair.a, device=device)
+    directions: tuple[Direction, ...] = ("A2B", "B2A")
+    a2b, b2a = (load_translator(config.source, direction).to(device) for direction in directions)
+    scores = score_translations(
+        a2b, b2a, pair, extractor, num_samples=config.num_eval or trained.run.num_eval,
+        num_real=config.num_real, seed=config.seed,
+    )  # fmt: skip
+    names = " and ".join(f"{images.name} {images.digest[:8]}" for images in pair[:2])
+    return _result(config, names, scores)
+
+
+def _result(config: EvaluateConfig, data: str, scores: dict[str, float]) -> dict[str, Any]:
+    run = _run_folder(Path(config.source))
     checkpoint = newest_checkpoint(run) if run and run == Path(config.source) else Path(config.source)
     return {
         "source": config.source,
         "checkpoint": checkpoint.name if checkpoint else None,
-        "data": f"{images.name} {images.digest[:8]}",
+        "data": data,
         "truncation": config.truncation,
         "scores": scores,
         "provenance": provenance(config.seed),

@@ -21,7 +21,7 @@ from PIL import Image
 
 import fq
 from backbones.biggan import Discriminator
-from backbones.configs import TrainConfig, from_dict
+from backbones.configs import BigGANTraining, from_dict
 from backbones.data import batches, open_images
 from backbones.sample import generate, load_generator
 from fq.run import checkpoint_tensors, load_config, newest_checkpoint, read_metrics, write_atomically
@@ -37,7 +37,7 @@ class Run:
     """One run folder, read."""
 
     path: Path
-    config: TrainConfig
+    config: BigGANTraining
     metrics: list[dict[str, Any]]
     provenance: list[dict[str, Any]]
 
@@ -75,7 +75,7 @@ def read_run(path: str | Path) -> Run:
         ValueError: it is not a finished run with scores.
     """
     path = Path(path)
-    run = Run(path, from_dict(TrainConfig, load_config(path)), read_metrics(path),
+    run = Run(path, from_dict(BigGANTraining, load_config(path)), read_metrics(path),
               json.loads((path / "provenance.json").read_text()))  # fmt: skip
     if not any(key.startswith("score/") for line in run.metrics for key in line):
         raise ValueError(f"{path} has no scores: train it with --features classifier or another network")

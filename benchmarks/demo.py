@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from backbones.configs import PRESETS
+from backbones.presets import PRESETS
 from benchmarks.compare import compare, read_run
 from benchmarks.overhead import measure
 from fq.run import read_metrics

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import fq
 from backbones.biggan import BigGANConfig
-from backbones.configs import PRESETS
+from backbones.presets import PRESETS
 from benchmarks import overhead
 from benchmarks.peers import SHAPES, Ours, OursRegularize, Shape, Upstream, clustered, exactness, feature_like
 from fq.provenance import provenance

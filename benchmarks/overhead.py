@@ -20,7 +20,8 @@ from torch import nn
 
 import fq
 from backbones.biggan import BigGANConfig, Discriminator
-from backbones.configs import PRESETS, QuantizerConfig, TrainConfig
+from backbones.configs import BigGANTraining, QuantizerConfig
+from backbones.presets import PRESETS
 from backbones.losses import hinge_discriminator
 from fq.provenance import provenance
 from fq.run import write_atomically
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 MODES = ("regularize", "replace")
 
 
-def measure(config: TrainConfig, *, batch_size: int, repeats: int, seed: int = 0) -> dict[str, Any]:
+def measure(config: BigGANTraining, *, batch_size: int, repeats: int, seed: int = 0) -> dict[str, Any]:
     """Median time of a discriminator step without FQ, and the factor of each mode.
 
     Args:
@@ -94,7 +95,7 @@ def measure(config: TrainConfig, *, batch_size: int, repeats: int, seed: int = 0
 class _Step:
     """One discriminator step: forward of fakes and reals together, hinge loss, backward, Adam."""
 
-    def __init__(self, model: nn.Module, handle: fq.Handle | None, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, handle: fq.Handle | None, config: BigGANTraining) -> None:
         self.model, self.handle = model, handle
         self.optimizer = torch.optim.Adam(model.parameters(), config.optim.lr_d, (0.0, 0.999))
 

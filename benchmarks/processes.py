@@ -25,7 +25,7 @@ from torch import nn
 
 import fq
 from backbones.biggan import BigGANConfig, Discriminator
-from backbones.configs import PRESETS
+from backbones.presets import PRESETS
 from backbones.losses import hinge_discriminator
 from fq.provenance import provenance
 from fq.run import write_atomically

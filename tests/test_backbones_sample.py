@@ -199,7 +199,7 @@ class Echo(torch.nn.Module):
 def test_truncated_latents_lie_within_the_bound_and_keep_their_order():
     echo = Echo()
     free, cut = (
-        generate(echo, UNSHARED, torch.zeros(20, dtype=torch.int64), truncation=bound) for bound in (0.0, 0.5)
+        generate(echo, UNSHARED, torch.zeros(20, dtype=torch.int64), truncation=bound) for bound in (None, 0.5)
     )
     assert free.abs().max() > 3
     assert cut.abs().max() <= 0.5
@@ -281,7 +281,7 @@ def test_wrong_options_write_nothing(options, message, run, tmp_path):
     [
         ("--num 0", "num is 0: give at least one picture a row"),
         ("--seed -1", "seed is -1: give 0 or more"),
-        ("--trunction 1", "--truncation FLOAT"),
+        ("--trunction 1", "--truncation {None}|FLOAT"),
     ],
 )
 def test_wrong_numbers_and_flags_are_refused(options, message, run, tmp_path, capsys):

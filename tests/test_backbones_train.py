@@ -13,12 +13,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from backbones import train
-from backbones.configs import PRESETS, OptimConfig, QuantizerConfig, RunConfig, TrainConfig, from_dict
+from backbones import train, train_biggan, train_setup
+from backbones.configs import BigGANOptim, BigGANTraining, QuantizerConfig, RunConfig, from_dict
 from backbones.data import DataConfig, open_images
+from backbones.losses import ADVERSARIAL, AdversarialLoss
+from backbones.presets import PRESETS
+from backbones.sample import real_grid
 from fq.run import checkpoint_tensors, load_config, newest_checkpoint, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,11 +250,11 @@ def test_log_windows_never_span_a_checkpoint(tmp_path):
 RANKS = """
 import sys
 import torch
-from backbones import train
+from backbones import train, train_biggan
 from fq.run import RunFolder
 
 folder = sys.argv.pop(1)
-save, stream = RunFolder.save, train.batches
+save, stream = RunFolder.save, train_biggan.batches
 
 def first_batch(*args, rank, **options):
     torch.save(next(stream(*args, rank=rank, **options))[0], f"{folder}/batch{rank}.pt")
@@ -261,7 +265,7 @@ def keep(run, step, **options):
     torch.save(states, f"{folder}/step{step}_rank{run._accelerator.process_index}.pt")
     return save(run, step, **options)
 
-RunFolder.save, train.batches = keep, first_batch
+RunFolder.save, train_biggan.batches = keep, first_batch
 train.main()
 """
 PAIR = [*SMALL, *EVERY_STEP, *"--steps 10 --fq replace --batch-size 4".split()]
@@ -339,7 +343,7 @@ def test_two_processes_killed_and_resumed_repeat_the_same_losses(pair, tmp_path)
 
 def test_accumulation_adds_up_the_mean_of_micro_batches_before_each_step(tmp_path, monkeypatch):
     seen, handed, fresh = [], [], []
-    hinge, backward = train.hinge_discriminator, train.Accelerator.backward
+    (hinge, of_g), backward = ADVERSARIAL["hinge"], Accelerator.backward
 
     def watched_hinge(real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert len(real) == len(fake) == 4
@@ -352,8 +356,8 @@ def test_accumulation_adds_up_the_mean_of_micro_batches_before_each_step(tmp_pat
         fresh.append(next(accelerator._models[len(handed) <= 4].parameters()).grad is None)
         backward(accelerator, loss)
 
-    monkeypatch.setattr(train, "hinge_discriminator", watched_hinge)
-    monkeypatch.setattr(train.Accelerator, "backward", watched_backward)
+    monkeypatch.setitem(ADVERSARIAL, "hinge", AdversarialLoss(watched_hinge, of_g))
+    monkeypatch.setattr(Accelerator, "backward", watched_backward)
     record, *_ = run_here(tmp_path / "run", *"--steps 1 --batch-size 4 --accumulation 2".split())
     # Two discriminator steps and one generator step, each of two micro-batches with half the loss.
     assert len(seen) == 4
@@ -368,18 +372,18 @@ def test_accumulation_adds_up_the_mean_of_micro_batches_before_each_step(tmp_pat
 
 def test_nan_in_a_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     expected = run_here(tmp_path / "well", "--steps", 6)
-    original, calls = train.hinge_generator, []
+    original, calls = ADVERSARIAL["hinge"], []
 
     def fails_at_the_fifth(fake: torch.Tensor) -> torch.Tensor:
         calls.append(fake)
-        return original(fake) * (float("nan") if len(calls) == 5 else 1)
+        return original.generator(fake) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(train, "hinge_generator", fails_at_the_fifth)
+    monkeypatch.setitem(ADVERSARIAL, "hinge", original._replace(generator=fails_at_the_fifth))
     options = ("--steps", 6, "--checkpoint-every", 2)
     with pytest.raises(SystemExit, match=r"error: loss_g is nan at step 5: stopped; .*checkpoints"):
         run_here(tmp_path / "ill", *options)
     assert newest_checkpoint(tmp_path / "ill").name == "step_00000004"
-    monkeypatch.setattr(train, "hinge_generator", original)
+    monkeypatch.setitem(ADVERSARIAL, "hinge", original)
     assert losses(run_here(tmp_path / "ill", *options)) == losses(expected)
 
 
@@ -401,7 +405,7 @@ def test_weights_broken_by_an_update_do_not_reach_a_checkpoint(tmp_path, monkeyp
         if len(calls) == 3:
             generator.linear.weight.grad.fill_(float("nan"))
 
-    monkeypatch.setattr(train, "add_orthogonal_gradient", breaks_at_the_third)
+    monkeypatch.setattr(train_biggan, "add_orthogonal_gradient", breaks_at_the_third)
     with pytest.raises(SystemExit, match=r"linear\.weight of the generator is not finite after step 3"):
         run_here(tmp_path / "run", *"--steps 5 --checkpoint-every 1 --g-orthogonal 0.5".split())
     assert calls == [0.5] * 3
@@ -479,7 +483,7 @@ def test_real_grid_keeps_rows_to_classes_of_unequal_size(tmp_path):
     np.savez(tmp_path / "uneven.npz", images=pixels.repeat(3, 3), labels=labels)
     config = DataConfig(data=str(tmp_path / "uneven.npz"))
     images = open_images(config, resolution=16, conditional=True)
-    pictures, rows = train._real_grid(images)
+    pictures, rows = real_grid(images)
     assert rows == 2
     levels = ((pictures[:, 0, 0, 0] + 1) * 127.5).round().tolist()
     assert levels == [0, 40, 80, 160, 200, 240]
@@ -516,7 +520,7 @@ def test_every_preset_runs_two_steps(preset, mode, size, options, tmp_path):
     assert (newest_checkpoint(run) or run).name == "step_00000002"
     stored = load_config(run)
     assert stored["preset"] == preset and stored["optim"]["d_steps"] == PRESETS[preset][1].optim.d_steps
-    assert from_dict(TrainConfig, stored).folder == str(run)
+    assert from_dict(BigGANTraining, stored).folder == str(run)
 
 
 def test_presets_hold_the_paper_s_numbers():
@@ -563,9 +567,9 @@ def test_tensorboard_receives_the_logged_values(tmp_path):
 
 
 def test_a_missing_tracker_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    find = train.importlib.util.find_spec
+    find = train_setup.importlib.util.find_spec
     monkeypatch.setattr(
-        train.importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest)
+        train_setup.importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest)
     )
     said = refused(capsys, *SMALL, "--trackers", "wandb", "--out", tmp_path / "run")
     assert "tracker 'wandb' is not installed: pip install wandb" in said
@@ -638,7 +642,7 @@ def test_configuration_of_another_version_is_refused(tmp_path, capsys):
     stored["optim"]["momentum"] = stored["optim"].pop("beta1")
     (tmp_path / "old.json").write_text(json.dumps(stored))
     said = refused(capsys, "--config", tmp_path / "old.json")
-    assert "OptimConfig has unknown keys ['momentum'] and lacks ['beta1']" in said
+    assert "BigGANOptim has unknown keys ['momentum'] and lacks ['beta1']" in said
 
 
 def test_a_folder_with_another_configuration_is_left_as_it_was(tmp_path, capsys):
@@ -729,7 +733,7 @@ def test_config_dataclasses_refuse_what_the_command_refuses():
     with pytest.raises(ValueError, match="codebook_size is 0: give at least 1"):
         QuantizerConfig(codebook_size=0)
     with pytest.raises(ValueError, match="ema_decay is 1"):
-        OptimConfig(ema_decay=1)
+        BigGANOptim(ema_decay=1)
     with pytest.raises(ValueError, match="keep_checkpoints is 0"):
         RunConfig(keep_checkpoints=0)
 

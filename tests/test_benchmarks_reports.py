@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from backbones import evaluate
-from backbones.configs import PRESETS
+from backbones.presets import PRESETS
 from backbones.train import main as train
 from benchmarks import compare, overhead, readme
 from fq.run import read_metrics

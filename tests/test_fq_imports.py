@@ -44,7 +44,7 @@ def violations(source: str, module: str) -> list[str]:
     allowed = {package}
     if package == "benchmarks":
         allowed |= set(OURS) - {"tests"}
-    elif package in SIBLINGS and rest and rest[0] in ENTRIES:
+    elif package in SIBLINGS and rest and rest[0].split("_")[0] in ENTRIES:
         allowed.add("fq")
     tops = {name.split(".")[0] for name in imported(source, module)}
     found = sorted((tops & set(OURS)) - allowed)

@@ -41,7 +41,7 @@ def test_every_command_of_the_readme_is_a_module_that_exists():
 
 
 def test_every_preset_of_the_readme_exists_and_none_is_missing():
-    from backbones.configs import PRESETS
+    from backbones.presets import PRESETS
 
     table = README[README.index("| preset |") : README.index("`--data` takes")]
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.M)) == set(PRESETS)
