@@ -98,7 +98,9 @@ class QuantizerConfig:
                 "for each, or none"
             )
         if min(self.codebook_sizes, default=1) < 1:
-            raise ValueError(f"codebook_sizes holds {min(self.codebook_sizes)}: a codebook has at least 1 code")
+            raise ValueError(
+                f"codebook_sizes holds {min(self.codebook_sizes)}: a codebook has at least 1 code"
+            )
         _at_least(self, 0, "commitment_weight")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay is {self.decay}: give a moving-average factor from 0 to below 1")
@@ -236,7 +238,9 @@ class UGATITOptim:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size", "schedule_steps")
-        _at_least(self, 0, "weight_decay", "adversarial_weight", "cycle_weight", "identity_weight", "cam_weight")
+        _at_least(
+            self, 0, "weight_decay", "adversarial_weight", "cycle_weight", "identity_weight", "cam_weight"
+        )
         _above_zero(self, "lr", "adam_eps")
         _factors(self, "beta1", "beta2")
 

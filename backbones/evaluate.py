@@ -20,7 +20,6 @@ from backbones.unpaired import open_pair
 from fq.provenance import provenance
 from fq.run import CONFIG, load_config, newest_checkpoint, write_atomically
 
-
 _NO_NETWORK = "no network to score with: pass --features classifier, inception:PATH or NETWORK:PATH"
 
 

@@ -21,7 +21,7 @@ from backbones.data import DataConfig
 from backbones.stylegan2 import StyleGAN2Config
 from backbones.ugatit import UGATITConfig
 
-_DIGITS = BigGANTraining(
+DIGITS = BigGANTraining(
     preset="digits",
     data=DataConfig(data="digits", dequantize=1 / 16),
     model=BigGANConfig(resolution=16, g_channels=8, d_channels=8, latent_dim=64),
@@ -38,7 +38,7 @@ _DIGITS = BigGANTraining(
         num_eval=2000,
     ),
 )
-_CIFAR10 = BigGANTraining(
+CIFAR10 = BigGANTraining(
     preset="cifar10",
     data=DataConfig(data="cifar10"),
     model=BigGANConfig(resolution=32, init="normal02"),
@@ -68,10 +68,10 @@ _IMAGENET64 = BigGANTraining(
 )
 
 _TAC_CIFAR100 = replace(
-    _CIFAR10,
+    CIFAR10,
     preset="tac-cifar100",
     data=DataConfig(data="cifar100"),
-    model=replace(_CIFAR10.model, num_classes=100, class_head="twin"),
+    model=replace(CIFAR10.model, num_classes=100, class_head="twin"),
     quantizer=QuantizerConfig(codebook_size=64, decay=0.9, commitment_weight=10.0),
     optim=BigGANOptim(batch_size=100, d_steps=2, ema_start=10_000),
     run=RunConfig(steps=125_000),  # 500 epochs of 250 steps, each 2 x 100 pictures
@@ -79,9 +79,7 @@ _TAC_CIFAR100 = replace(
 _TAC_IMAGENET = replace(
     _IMAGENET64,
     preset="tac-imagenet128",
-    model=replace(
-        _IMAGENET64.model, resolution=128, g_attention=(64,), d_attention=(64,), class_head="twin"
-    ),
+    model=replace(_IMAGENET64.model, resolution=128, g_attention=(64,), d_attention=(64,), class_head="twin"),
     quantizer=QuantizerConfig(layers=("blocks.[0-3].0",), commitment_weight=15.0),  # of six blocks
     optim=replace(_IMAGENET64.optim, batch_size=256, accumulation=8),
 )
@@ -147,15 +145,15 @@ _SELFIE2ANIME = UGATITTraining(
 )  # fmt: skip
 
 PRESETS: dict[str, tuple[str, Training]] = {
-    "digits": ("Handwritten digits at 16 pixels: minutes on a laptop, nothing to fetch.", _DIGITS),
+    "digits": ("Handwritten digits at 16 pixels: minutes on a laptop, nothing to fetch.", DIGITS),
     "smoke": (
         "Digits through a tiny model for a few steps: does everything work here?",
         replace(
-            _DIGITS,
+            DIGITS,
             preset="smoke",
-            model=replace(_DIGITS.model, g_channels=2, d_channels=2, latent_dim=16),
-            quantizer=replace(_DIGITS.quantizer, codebook_size=16),
-            optim=replace(_DIGITS.optim, batch_size=16),
+            model=replace(DIGITS.model, g_channels=2, d_channels=2, latent_dim=16),
+            quantizer=replace(DIGITS.quantizer, codebook_size=16),
+            optim=replace(DIGITS.optim, batch_size=16),
             run=RunConfig(
                 steps=20,
                 log_every=5,
@@ -167,14 +165,14 @@ PRESETS: dict[str, tuple[str, Training]] = {
             ),
         ),
     ),
-    "cifar10": ("CIFAR-10 with the paper's settings (FQ at all four blocks).", _CIFAR10),
+    "cifar10": ("CIFAR-10 with the paper's settings (FQ at all four blocks).", CIFAR10),
     "cifar100": (
         "CIFAR-100 with the paper's settings.",
         replace(
-            _CIFAR10,
+            CIFAR10,
             preset="cifar100",
             data=DataConfig(data="cifar100"),
-            model=replace(_CIFAR10.model, num_classes=100),
+            model=replace(CIFAR10.model, num_classes=100),
             quantizer=QuantizerConfig(codebook_size=64, decay=0.9, commitment_weight=10.0),
         ),
     ),

@@ -19,7 +19,6 @@ from backbones import stylegan2
 from backbones.biggan import BigGANConfig, Generator
 from backbones.configs import UGATITTraining, stored_training
 from backbones.convert import infer_config, load_public
-from backbones.convert_stylegan2 import load_nvidia
 from backbones.data import Images
 from backbones.stylegan2 import StyleGAN2Config
 from fq.run import CONFIG, STEP_NAME, checkpoint_tensors, load_config, newest_checkpoint
@@ -205,8 +204,7 @@ def load_generator(source: str | Path) -> tuple[nn.Module, NoiseConfig]:
     """The averaged generator of a run, or the generator of a public checkpoint.
 
     Args:
-        source: a run folder; one of its checkpoints; a public BigGAN ``.pth`` file or the folder that holds
-            it; an NVIDIA StyleGAN2 ``.pkl`` (nothing in it is run).
+        source: a run folder; one of its checkpoints; a public BigGAN ``.pth`` file or the folder that holds it.
 
     Returns:
         The generator in eval mode and its configuration.
@@ -220,8 +218,6 @@ def load_generator(source: str | Path) -> tuple[nn.Module, NoiseConfig]:
     config: NoiseConfig
     if (run / CONFIG).is_file():
         config, state = _load_run(run, path)
-    elif path.suffix == ".pkl":
-        config, state = load_nvidia(path)
     else:
         state = load_public(path)
         config = infer_config(state)
@@ -250,10 +246,10 @@ def _load_run(run: Path, path: Path) -> tuple[NoiseConfig, dict[str, Tensor]]:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Draw pictures from a run, one of its checkpoints, or a public BigGAN or StyleGAN2 checkpoint."""
+    """Draw pictures from a run, one of its checkpoints, or a public BigGAN checkpoint."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT")]
-    """Run folder, checkpoint folder, BigGAN .pth or NVIDIA .pkl file."""
+    """Run folder, checkpoint folder, or .pth file."""
     classes: tuple[int, ...] = ()
     """Class numbers, one row each; all classes (at most 10) when empty."""
     num: int = 10
@@ -327,7 +323,9 @@ def _check(config: NoiseConfig, labels: Tensor, truncation: float | None) -> Non
         if not math.isfinite(truncation):
             raise ValueError(f"truncation is {truncation}: give a finite ψ, usually from 0 to 1")
     elif not 0 < truncation < math.inf:
-        raise ValueError(f"truncation is {truncation}: give a bound above 0, or leave it out to keep all latents")
+        raise ValueError(
+            f"truncation is {truncation}: give a bound above 0, or leave it out to keep all latents"
+        )
 
 
 def _latent(
@@ -354,7 +352,9 @@ def _condition(generator: nn.Module, labels: Tensor) -> Tensor:
     return y
 
 
-def _in_eval(generator: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], z: Tensor, y: Tensor) -> Tensor:
+def _in_eval(
+    generator: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], z: Tensor, y: Tensor
+) -> Tensor:
     """Forward in eval mode, a hundred at a time; spectral norm stores nothing there, so no state changes."""
     device = next(generator.parameters()).device
     training = generator.training

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-import fq
 from backbones.biggan import Discriminator, Generator, Verdict, add_orthogonal_gradient
 from backbones.configs import BigGANTraining
 from backbones.data import batches
@@ -36,6 +35,7 @@ from backbones.train_setup import (
     open_checked,
     open_run,
     parts,
+    penalty,
     prepare,
     seeded,
 )
@@ -145,9 +145,9 @@ def train(config: BigGANTraining) -> Path:
                     class_loss = _discriminator_class_loss(config, verdict, both_labels)
                     loss = loss_real + loss_fake + commitment + class_loss
                     if optim.gradient_penalty:
-                        loss = loss + optim.gradient_penalty * _penalty(
-                            discriminator, real, fake.float(), real_labels, shares
-                        )
+                        with penalty(handle):
+                            steepness = _steepness(discriminator, real, fake.float(), real_labels, shares)
+                        loss = loss + optim.gradient_penalty * steepness
                     accelerator.backward(loss / optim.accumulation)
                 d_terms.append(_detached(loss_real, loss_fake, commitment, class_loss))
             opt_d.step()
@@ -240,11 +240,13 @@ def _generator_class_loss(config: BigGANTraining, verdict: Verdict, labels: Tens
     return config.optim.class_weight * loss
 
 
-def _penalty(
+def _steepness(
     discriminator: Discriminator, real: Tensor, fake: Tensor, labels: Tensor, shares: torch.Generator
 ) -> Tensor:
     share = torch.rand(len(real), generator=shares)
-    return gradient_penalty(lambda images: _verdict(discriminator(images, labels)).realness, real, fake, share)
+    return gradient_penalty(
+        lambda images: _verdict(discriminator(images, labels)).realness, real, fake, share
+    )
 
 
 @torch.no_grad()

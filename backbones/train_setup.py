@@ -106,6 +106,11 @@ def parts(handle: fq.Handle | None, *names: str) -> AbstractContextManager[None]
     return handle.part(parts=names) if handle else nullcontext()
 
 
+def penalty(handle: fq.Handle | None) -> AbstractContextManager[None]:
+    """A forward for a gradient penalty, of which FQ takes no notice."""
+    return handle.penalty() if handle else nullcontext()
+
+
 def commitment_of(handle: fq.Handle | None, like: Tensor) -> Tensor:
     """The commitment losses of the forwards since the last call; zero without FQ."""
     return handle.loss() if handle else like.new_zeros(())

@@ -35,6 +35,7 @@ from backbones.train_setup import (
     open_checked,
     open_run,
     parts,
+    penalty,
     prepare,
     same_everywhere,
     seeded,
@@ -179,9 +180,9 @@ def train(config: StyleGAN2Training, *, augment: Augment | None = None) -> Path:
                 lengths = path_lengths(fake, ws, draws.like(fake))
                 mean = accelerator.reduce(lengths.detach().mean(), "mean")
                 path_mean.value.lerp_(mean, optim.path_decay)
-                penalty = (lengths - path_mean.value).square().mean()
-                accelerator.backward(optim.path_weight * optim.path_every * penalty / optim.accumulation)
-                path = path + penalty.detach() / optim.accumulation
+                spread = (lengths - path_mean.value).square().mean()
+                accelerator.backward(optim.path_weight * optim.path_every * spread / optim.accumulation)
+                path = path + spread.detach() / optim.accumulation
             _descend(accelerator, opt_g, generator)
 
         # Discriminator: fake and real in calls of their own, as the minibatch deviation demands.
@@ -208,18 +209,18 @@ def train(config: StyleGAN2Training, *, augment: Augment | None = None) -> Path:
                 augment.observe(accelerator.gather(on_real.detach()))
         _descend(accelerator, opt_d, discriminator)
 
-        # R1: small gradients at real pictures. FQ layers take no notice of a penalty.
+        # R1: small gradients at real pictures.
         r1 = path_mean.value.new_tensor(math.nan)
         if optim.r1_gamma and step % optim.r1_every == 0:
             r1 = r1.new_zeros(())
             opt_d.zero_grad(set_to_none=True)
             for real, real_labels in reals:
                 real = seen(real).detach().requires_grad_()
-                with accelerator.autocast():
+                with accelerator.autocast(), penalty(handle):
                     logits = discriminator(real, real_labels).float()
-                penalty = r1_penalty(logits, real).mean()
-                accelerator.backward(optim.r1_gamma / 2 * optim.r1_every * penalty / optim.accumulation)
-                r1 = r1 + penalty.detach() / optim.accumulation
+                steepness = r1_penalty(logits, real).mean()
+                accelerator.backward(optim.r1_gamma / 2 * optim.r1_every * steepness / optim.accumulation)
+                r1 = r1 + steepness.detach() / optim.accumulation
             _descend(accelerator, opt_d, discriminator)
 
         average_buffers(accelerator, generator)

@@ -149,7 +149,9 @@ def train(config: UGATITTraining) -> Path:
         opt_g.zero_grad(set_to_none=True)
         with accelerator.autocast():
             losses = _generator_losses(networks, handles, real_a, real_b)
-        commitment_g = sum((commitment_of(handle, loss_d) for handle in handles.values()), start=loss_d.new_zeros(()))
+        commitment_g = sum(
+            (commitment_of(handle, loss_d) for handle in handles.values()), start=loss_d.new_zeros(())
+        )
         loss = (
             optim.adversarial_weight * losses.adversarial + optim.cycle_weight * losses.cycle
             + optim.identity_weight * losses.identity + optim.cam_weight * losses.cam + commitment_g
@@ -201,7 +203,9 @@ def _generator_losses(
             verdicts = [discriminator(translated.float()) for discriminator in discriminators]
         cycle = F.l1_loss(back(translated).image.float(), source)
         adversarial = sum(
-            least_squares_generator(part.float()) for logit, cam_logit, _ in verdicts for part in (logit, cam_logit)
+            least_squares_generator(part.float())
+            for logit, cam_logit, _ in verdicts
+            for part in (logit, cam_logit)
         )
         # The classifier within the generator tells pictures of the other domain from those of its own.
         attention = F.binary_cross_entropy_with_logits(cam.float(), torch.ones_like(cam.float()))

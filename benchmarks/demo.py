@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from backbones.presets import PRESETS
+from backbones.presets import DIGITS
 from benchmarks.compare import compare, read_run
 from benchmarks.overhead import measure
 from fq.run import read_metrics
@@ -48,7 +48,7 @@ def main() -> None:
         for job in jobs.values():
             job.result()
     torch.set_num_threads(1)
-    overhead = measure(PRESETS["digits"][1], batch_size=32, repeats=31, seed=options.seed)
+    overhead = measure(DIGITS, batch_size=32, repeats=31, seed=options.seed)
     cost = ", ".join(f"{share:.1%} for {mode}" for mode, share in overhead["overhead"].items())
     report = compare(
         [read_run(options.out / mode) for mode in MODES],

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import fq
 from backbones.biggan import BigGANConfig
-from backbones.presets import PRESETS
+from backbones.presets import CIFAR10
 from benchmarks import overhead
 from benchmarks.peers import SHAPES, Ours, OursRegularize, Shape, Upstream, clustered, exactness, feature_like
 from fq.provenance import provenance
@@ -342,7 +342,7 @@ def sweep(bench: Bench, name: str) -> dict[str, Any]:
 
 def discriminator(bench: Bench) -> dict[str, Any]:
     """What FQ adds to a discriminator step of BigGAN-CIFAR, 64 real and 64 fake pictures."""
-    preset = PRESETS["cifar10"][1]
+    preset = CIFAR10
     channels, batch = (64, 64) if bench.cuda else (8, 2)
     config = replace(preset, model=BigGANConfig(resolution=32, d_channels=channels, init="normal02"))
     return overhead.measure(config, batch_size=batch, repeats=15 if bench.cuda else 2)

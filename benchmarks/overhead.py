@@ -21,8 +21,8 @@ from torch import nn
 import fq
 from backbones.biggan import BigGANConfig, Discriminator
 from backbones.configs import BigGANTraining, QuantizerConfig
-from backbones.presets import PRESETS
 from backbones.losses import hinge_discriminator
+from backbones.presets import CIFAR10
 from fq.provenance import provenance
 from fq.run import write_atomically
 
@@ -144,7 +144,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    preset = PRESETS["cifar10"][1]
+    preset = CIFAR10
     config = replace(
         preset,
         model=BigGANConfig(resolution=32, d_channels=options.channels, init="normal02"),

@@ -25,8 +25,8 @@ from torch import nn
 
 import fq
 from backbones.biggan import BigGANConfig, Discriminator
-from backbones.presets import PRESETS
 from backbones.losses import hinge_discriminator
+from backbones.presets import CIFAR10
 from fq.provenance import provenance
 from fq.run import write_atomically
 
@@ -41,7 +41,7 @@ class _Step:
         if form != "plain":
             options = fq.CodebookOptions(sync=form != "apart", init="data")
             self.handle = fq.attach(
-                model, PRESETS["cifar10"][1].quantizer.layers, codebook_size=codebook_size, concat_parts=2,
+                model, CIFAR10.quantizer.layers, codebook_size=codebook_size, concat_parts=2,
                 options=options,
             )  # fmt: skip
         # Newer versions of PyTorch have another name for it, older ones only this.

@@ -199,7 +199,8 @@ class Echo(torch.nn.Module):
 def test_truncated_latents_lie_within_the_bound_and_keep_their_order():
     echo = Echo()
     free, cut = (
-        generate(echo, UNSHARED, torch.zeros(20, dtype=torch.int64), truncation=bound) for bound in (None, 0.5)
+        generate(echo, UNSHARED, torch.zeros(20, dtype=torch.int64), truncation=bound)
+        for bound in (None, 0.5)
     )
     assert free.abs().max() > 3
     assert cut.abs().max() <= 0.5

@@ -569,7 +569,9 @@ def test_tensorboard_receives_the_logged_values(tmp_path):
 def test_a_missing_tracker_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
     find = train_setup.importlib.util.find_spec
     monkeypatch.setattr(
-        train_setup.importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest)
+        train_setup.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "wandb" else find(name, *rest),
     )
     said = refused(capsys, *SMALL, "--trackers", "wandb", "--out", tmp_path / "run")
     assert "tracker 'wandb' is not installed: pip install wandb" in said
