@@ -89,8 +89,8 @@ class BigGANConfig:
     inplace_relu: bool = False
     """Rectify in place; the discriminator head then overwrites the output of the last block."""
     class_head: Literal["projection", "auxiliary", "auxiliary_projection", "twin"] = "projection"
-    """How the discriminator sees classes: projection (BigGAN), an auxiliary classifier (AC-GAN), one whose row
-    of the class also adds to the output, or a second, twin classifier for generated pictures (TAC-GAN)."""
+    """How the discriminator sees classes: projection (BigGAN), an auxiliary classifier (AC-GAN), one whose
+    row of the class also adds to the output, or a second, twin one for generated pictures (TAC-GAN)."""
     init: Literal["ortho", "normal02", "xavier"] = "ortho"
     """Initialisation of every convolution, linear and embedding weight."""
     sn_eps: float = 1e-8
@@ -509,8 +509,8 @@ class Verdict(NamedTuple):
 class Discriminator(nn.Module):
     """Projection discriminator (Miyato & Koyama, ICLR 2018) on BigGAN's residual blocks.
 
-    With another ``class_head`` it has classifiers instead (Odena et al. 2017; TAC-GAN, Gong et al. 2019, whose
-    state names ``linear_c`` and ``linear_mi`` these are) and returns a `Verdict`.
+    With another ``class_head`` it has classifiers instead (Odena et al. 2017; TAC-GAN, Gong et al. 2019,
+    whose state names ``linear_c`` and ``linear_mi`` these are) and returns a `Verdict`.
 
     Args:
         config: see `BigGANConfig`.

@@ -45,8 +45,8 @@ class PairConfig:
     """
 
     data: str = "data/pair"
-    """A folder with trainA, trainB, testA and testB, or A=PATH,B=PATH[,testA=PATH,testB=PATH], where a path is
-    a folder, a .zip, an .npz with images, or an .npz pack of JPEG files (PACK#NAME+NAME takes these classes)."""
+    """A folder with trainA, trainB, testA and testB, or A=PATH,B=PATH[,testA=PATH,testB=PATH], where a path
+    is a folder, a .zip, an .npz with images, or an .npz pack of JPEG files (PACK#NAME+NAME takes classes)."""
     data_root: str = "."
     """Folder below which relative paths are looked up."""
     mirror: bool = True
@@ -94,8 +94,8 @@ class QuantizerConfig:
         _at_least(self, 1, "codebook_size", "blend_steps")
         if self.codebook_sizes and len(self.codebook_sizes) != len(self.layers):
             raise ValueError(
-                f"codebook_sizes names {len(self.codebook_sizes)} sizes for {len(self.layers)} layers: give one "
-                "for each, or none"
+                f"codebook_sizes names {len(self.codebook_sizes)} sizes for {len(self.layers)} layers: give "
+                "one for each, or none"
             )
         if min(self.codebook_sizes, default=1) < 1:
             raise ValueError(
@@ -177,7 +177,7 @@ class StyleGAN2Optim:
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     r1_gamma: float = 10.0
-    """Weight γ of the R1 penalty; 0 leaves it out."""
+    """Weight gamma of the R1 penalty; 0 leaves it out."""
     r1_every: int = 16
     """Steps from one R1 phase to the next; its gradient counts that many times."""
     path_weight: float = 2.0
@@ -334,8 +334,8 @@ class StyleGAN2Training:
         batch, group = self.optim.batch_size, self.model.mbstd_group
         if group and batch % min(group, batch):
             raise ValueError(
-                f"batch_size is {batch} but the discriminator compares pictures in groups of {group}: make it "
-                "a multiple, or choose another --mbstd-group"
+                f"batch_size is {batch} but the discriminator compares pictures in groups of {group}: make "
+                "it a multiple, or choose another --mbstd-group"
             )
         if self.optim.path_weight and batch < self.optim.path_shrink:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Losses of a discriminator's outputs, and the gradient penalties that go with them.
 
-The outputs may have any shape; means are over all of it. Losses of a discriminator come as two terms, for real
-and for generated pictures; the loss is their sum.
+The outputs may have any shape; means are over all of it. Losses of a discriminator come as two terms, for
+real and for generated pictures; the loss is their sum.
 """
 
 from __future__ import annotations

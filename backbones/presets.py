@@ -108,12 +108,13 @@ _CIFAR_STYLEGAN2 = StyleGAN2Training(
     preset="cifar",
     data=DataConfig(data="cifar10"),
     model=StyleGAN2Config(
-        resolution=32, num_classes=10, mapping_layers=2, channel_base=32768, d_architecture="orig", mbstd_group=32
+        resolution=32, num_classes=10, mapping_layers=2, channel_base=32768, d_architecture="orig",
+        mbstd_group=32,
     ),
     quantizer=QuantizerConfig(layers=("b16", "b32"), codebook_size=128, commitment_weight=0.25),
     optim=StyleGAN2Optim(
-        batch_size=64, lr_g=2.5e-3, lr_d=2.5e-3, r1_gamma=0.01, path_weight=0.0, style_mixing=0.0, ema_kimg=500.0,
-        ema_rampup=0.05,
+        batch_size=64, lr_g=2.5e-3, lr_d=2.5e-3, r1_gamma=0.01, path_weight=0.0, style_mixing=0.0,
+        ema_kimg=500.0, ema_rampup=0.05,
     ),
     run=RunConfig(steps=100_000_000 // 64, num_eval=50_000),
 )  # fmt: skip
@@ -121,14 +122,14 @@ _FACES = StyleGAN2Training(
     preset="faces",
     data=DataConfig(data="data/faces", resize=True, mirror=True),
     model=StyleGAN2Config(
-        resolution=32, latent_dim=128, w_dim=128, mapping_layers=2, channel_base=2048, channel_max=64
+        resolution=32, latent_dim=128, w_dim=128, mapping_layers=2, channel_base=1024, channel_max=64
     ),
     quantizer=QuantizerConfig(
         layers=("b16", "b32"), codebook_size=128, commitment_weight=0.25, generator_step="loss"
     ),
     optim=StyleGAN2Optim(
-        batch_size=16, lr_g=2.5e-3, lr_d=2.5e-3, r1_gamma=0.1, path_weight=0.0, style_mixing=0.0, ema_kimg=2.0,
-        ema_rampup=0.05,
+        batch_size=16, lr_g=2.5e-3, lr_d=2.5e-3, r1_gamma=0.1, path_weight=0.0, style_mixing=0.0,
+        ema_kimg=2.0, ema_rampup=0.05,
     ),
     run=RunConfig(steps=6000, sample_every=500, eval_every=500, checkpoint_every=500, num_eval=1000),
 )  # fmt: skip

@@ -50,7 +50,7 @@ def generate(
         seed: of the latents.
         first: number of the first picture.
         truncation: smaller is tidier and less varied; None keeps all variety. BigGAN draws latents beyond it
-            again (Sec. 3.1); StyleGAN2 moves styles to the mean until this share ψ of their distance is left.
+            again (Sec. 3.1); StyleGAN2 moves styles to the mean until this share psi of the way is left.
 
     Returns:
         float32 ``[B, 3, R, R]`` in [-1, 1], on the generator's device.
@@ -79,8 +79,8 @@ def interpolate(
 ) -> Tensor:
     """One row a label, from one latent to another.
 
-    StyleGAN2 goes from style to style; BigGAN from z to z, with a shared embedding also on to the next label's
-    class.
+    StyleGAN2 goes from style to style; BigGAN from z to z, with a shared embedding also on to the next
+    label's class.
 
     Args:
         generator: in eval mode during the call.
@@ -204,7 +204,7 @@ def load_generator(source: str | Path) -> tuple[nn.Module, NoiseConfig]:
     """The averaged generator of a run, or the generator of a public checkpoint.
 
     Args:
-        source: a run folder; one of its checkpoints; a public BigGAN ``.pth`` file or the folder that holds it.
+        source: a run folder; one of its checkpoints; a public BigGAN ``.pth`` file, or its folder.
 
     Returns:
         The generator in eval mode and its configuration.
@@ -255,8 +255,8 @@ class SampleConfig:
     num: int = 10
     """Pictures a row."""
     truncation: float | None = None
-    """Smaller is tidier, and less varied: 0.5 for BigGAN (latents beyond it are drawn again), 0.7 for StyleGAN2
-    (styles move to their mean)."""
+    """Smaller is tidier, and less varied: 0.5 for BigGAN (latents beyond it are drawn again), 0.7 for
+    StyleGAN2 (styles move to their mean)."""
     interpolate: bool = False
     """Each row goes from one latent to another instead."""
     seed: int = 0
@@ -321,7 +321,7 @@ def _check(config: NoiseConfig, labels: Tensor, truncation: float | None) -> Non
         return
     if isinstance(config, StyleGAN2Config):
         if not math.isfinite(truncation):
-            raise ValueError(f"truncation is {truncation}: give a finite ψ, usually from 0 to 1")
+            raise ValueError(f"truncation is {truncation}: give a finite psi, usually from 0 to 1")
     elif not 0 < truncation < math.inf:
         raise ValueError(
             f"truncation is {truncation}: give a bound above 0, or leave it out to keep all latents"

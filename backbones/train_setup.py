@@ -287,8 +287,8 @@ class Reports:
             for name, parameter in network.named_parameters():
                 if not parameter.isfinite().all():
                     raise FloatingPointError(
-                        f"weight {name} of the {kind} is not finite after step {step}: stopped; the last good "
-                        f"checkpoint is in {self.run.checkpoints}. Lower the learning rates"
+                        f"weight {name} of the {kind} is not finite after step {step}: stopped; the last "
+                        f"good checkpoint is in {self.run.checkpoints}. Lower the learning rates"
                     )
 
 

@@ -2,8 +2,8 @@
 
 One step is a generator and a discriminator phase; every ``path_every`` steps the generator also has a path
 length phase, every ``r1_every`` the discriminator an R1 phase, each with an optimiser step of its own. Every
-random number is a function of (seed, purpose, step), and no global generator is read, so a run that was killed
-and resumed repeats the losses of one that was not, bit for bit.
+random number is a function of (seed, purpose, step), and no global generator is read, so a run that was
+killed and resumed repeats the losses of one that was not, bit for bit.
 """
 
 from __future__ import annotations

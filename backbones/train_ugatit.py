@@ -1,8 +1,8 @@
 """Training of U-GAT-IT (Kim et al., ICLR 2020).
 
-One step is a phase of the four discriminators and one of the two generators. Every random number is a function
-of (seed, purpose, step), and no global generator is read, so a run that was killed and resumed repeats the
-losses of one that was not, bit for bit.
+One step is a phase of the four discriminators and one of the two generators. Every random number is a
+function of (seed, purpose, step), and no global generator is read, so a run that was killed and resumed
+repeats the losses of one that was not, bit for bit.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def train(config: UGATITTraining) -> Path:
     source = config.data
     train_pair, test_pair = (
         open_pair(
-            source.data, model.resolution, split=split, root=source.data_root, skip_corrupt=source.skip_corrupt,
-            num_workers=source.num_workers,
+            source.data, model.resolution, split=split, root=source.data_root,
+            skip_corrupt=source.skip_corrupt, num_workers=source.num_workers,
         )
         for split in SPLITS
     )  # fmt: skip
@@ -173,8 +173,8 @@ def _refuse_small(pair: Pair, batch: int) -> None:
     for images in pair[:2]:
         if batch > len(images):
             raise ValueError(
-                f"a batch of {batch} pictures over all processes is larger than {images.name} with {len(images)}: "
-                "lower --batch-size or add pictures"
+                f"a batch of {batch} pictures over all processes is larger than {images.name} with "
+                f"{len(images)}: lower --batch-size or add pictures"
             )
 
 

@@ -1,4 +1,4 @@
-"""Translate pictures with a trained U-GAT-IT: ``python -m backbones.translate RUN PICTURE --direction A2B``."""
+"""Translate pictures with a U-GAT-IT: ``python -m backbones.translate RUN PICTURE --direction A2B``."""
 
 from __future__ import annotations
 

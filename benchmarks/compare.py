@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 
 import fq
-from backbones.biggan import Discriminator
-from backbones.configs import BigGANTraining, from_dict
+from backbones import biggan, stylegan2
+from backbones.configs import BigGANTraining, StyleGAN2Training, Training, UGATITTraining, stored_training
 from backbones.data import batches, open_images
 from backbones.sample import generate, load_generator
+from backbones.train_setup import attach_fq
 from fq.run import checkpoint_tensors, load_config, newest_checkpoint, read_metrics, write_atomically
 
 COLORS = {"none": "#444444", "regularize": "#1f77b4", "replace": "#d62728", "blend": "#2ca02c"}
-NAMES = {"none": "BigGAN", "regularize": "FQ-BigGAN, regularize", "replace": "FQ-BigGAN, replace",
-         "blend": "FQ-BigGAN, blend"}  # fmt: skip
 _D = "model_1.safetensors"  # the discriminator is the second model that training prepares
 
 
@@ -37,7 +37,7 @@ class Run:
     """One run folder, read."""
 
     path: Path
-    config: BigGANTraining
+    config: Training
     metrics: list[dict[str, Any]]
     provenance: list[dict[str, Any]]
 
@@ -49,7 +49,14 @@ class Run:
     @property
     def label(self) -> str:
         """Name in tables and legends."""
-        return NAMES[self.mode]
+        return self.model if self.mode == "none" else f"FQ-{self.model}, {self.mode}"
+
+    @property
+    def model(self) -> str:
+        """Name of the plain model."""
+        if isinstance(self.config, BigGANTraining):
+            return "BigGAN" if self.config.model.class_head == "projection" else "TAC-GAN"
+        return "StyleGAN2" if isinstance(self.config, StyleGAN2Training) else "U-GAT-IT"
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one logged number."""
@@ -75,7 +82,7 @@ def read_run(path: str | Path) -> Run:
         ValueError: it is not a finished run with scores.
     """
     path = Path(path)
-    run = Run(path, from_dict(BigGANTraining, load_config(path)), read_metrics(path),
+    run = Run(path, stored_training(load_config(path)), read_metrics(path),
               json.loads((path / "provenance.json").read_text()))  # fmt: skip
     if not any(key.startswith("score/") for line in run.metrics for key in line):
         raise ValueError(f"{path} has no scores: train it with --features classifier or another network")
@@ -115,7 +122,8 @@ def compare(
     _curves(runs, keys, out / "curves.png")
     quantized = [run for run in runs if run.mode != "none"]
     for run in quantized:
-        fq.stats.draw(_histograms(run), out / f"codebook_{run.mode}.png")
+        if not isinstance(run.config, UGATITTraining):
+            fq.stats.draw(_histograms(run, run.config), out / f"codebook_{run.mode}.png")
     if quantized:
         _codebook_curves(quantized, out / "codebooks.png")
     results = {"runs": [_results(run, keys) for run in runs]} | (more or {})
@@ -133,19 +141,25 @@ def _score_keys(runs: list[Run]) -> list[str]:
             + "; ".join(f"{run.path}: {', '.join(found)}" for run, found in zip(runs, keys, strict=True))
         )
     order = ("fd", "kid", "accuracy", "recall", "precision", "diversity")
-    return sorted(keys[0], key=lambda key: order.index(_short(key)))
+    return sorted(keys[0], key=lambda key: (order.index(_kind(key)), key))
 
 
 def _short(key: str) -> str:
+    """Name of a score without network and counts, ``fd`` or ``A2B/fd``."""
     return key.removeprefix("score/").split("[")[0]
+
+
+def _kind(key: str) -> str:
+    return _short(key).rpartition("/")[2]
 
 
 def _grids(runs: list[Run], path: Path, *, show_real: bool) -> None:
     """Real pictures and every run's last samples, side by side at one scale."""
-    pictures = [("real pictures", runs[0].path / "real.png")] if show_real else []
+    real = runs[0].path / "real.png"  # a translation shows real pictures among its samples
+    pictures = [("real pictures", real)] if show_real and real.is_file() else []
     pictures += [(run.label, max((run.path / "samples").glob("[0-9]*.png"))) for run in runs]
     figure = Figure(figsize=(4.2 * len(pictures), 4.5), layout="constrained")
-    for axis, (name, file) in zip(figure.subplots(1, len(pictures)), pictures, strict=True):
+    for axis, (name, file) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
         axis.imshow(np.asarray(Image.open(file)), interpolation="nearest")
         axis.set_title(name)
         axis.set_axis_off()
@@ -162,7 +176,7 @@ def _curves(runs: list[Run], keys: list[str], path: Path) -> None:
         axis.set_title(key.removeprefix("score/"), fontsize=8)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
-        if _short(key) in ("fd", "kid") and min(min(run.series(key)[1]) for run in runs) > 0:
+        if _kind(key) in ("fd", "kid") and min(min(run.series(key)[1]) for run in runs) > 0:
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
@@ -185,7 +199,7 @@ def _codebook_curves(runs: list[Run], path: Path) -> None:
             axis.set_xlabel("step", fontsize=8)
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
-        row[0].set_ylim(0, run.config.quantizer.codebook_size)
+        row[0].set_ylim(0, _codes(run))
         row[0].set_ylabel("codes", fontsize=8)
         row[1].set_yscale("log")
         row[1].set_ylabel("bit", fontsize=8)
@@ -194,25 +208,38 @@ def _codebook_curves(runs: list[Run], path: Path) -> None:
 
 
 def _sites(run: Run) -> list[str]:
-    return sorted({key.split("/")[1] for line in run.metrics for key in line if key.startswith("fq/")})
+    keys = {key for line in run.metrics for key in line if key.startswith("fq/")}
+    return sorted({key.removeprefix("fq/").rpartition("/")[0] for key in keys})
+
+
+def _codes(run: Run) -> int:
+    """Size of the largest codebook."""
+    return max(run.config.quantizer.codebook_sizes, default=run.config.quantizer.codebook_size)
 
 
 @torch.no_grad()
-def _histograms(run: Run, pictures: int = 512) -> dict[str, fq.stats.SiteStats]:
+def _histograms(
+    run: Run, config: BigGANTraining | StyleGAN2Training, pictures: int = 512
+) -> dict[str, fq.stats.SiteStats]:
     """Code histograms of the trained discriminator on real pictures and on as many samples."""
-    config = run.config
     checkpoint = newest_checkpoint(run.path)
-    assert checkpoint is not None and config.quantizer.fq != "none"
-    discriminator = Discriminator(config.model)
-    handle = fq.attach(
-        discriminator, config.quantizer.layers, codebook_size=config.quantizer.codebook_size,
-        mode=config.quantizer.fq, compat=config.quantizer.compat,
-    )  # fmt: skip
+    assert checkpoint is not None
+    discriminator: nn.Module
+    if isinstance(config, BigGANTraining):
+        discriminator = biggan.Discriminator(config.model)
+    else:
+        discriminator = stylegan2.Discriminator(config.model)
+    handle = attach_fq(discriminator, config.quantizer, seed=0)
+    assert handle is not None
     discriminator.load_state_dict(checkpoint_tensors(checkpoint, _D), strict=True)
     discriminator.eval()
-    images = open_images(config.data, resolution=config.model.resolution, conditional=True)
+    images = open_images(
+        config.data, resolution=config.model.resolution, conditional=config.model.num_classes > 1
+    )
     size = min(pictures, len(images))
     real, labels = next(batches(images, batch_size=size, seed=1, dequantize=config.data.dequantize))
+    if config.model.num_classes == 1:
+        labels.zero_()
     generator, model = load_generator(run.path)
     with handle.part("real"):
         discriminator(real, labels)
@@ -237,10 +264,11 @@ def _results(run: Run, keys: list[str]) -> dict[str, Any]:
 
 def _report(runs: list[Run], quantized: list[Run], keys: list[str], head: str, extra: str) -> str:
     first = runs[0].config
+    of_d = f", {first.optim.d_steps} discriminator steps a step" if isinstance(first, BigGANTraining) else ""
     lines = [head, ""]
     lines += [
         f"{first.preset}: {first.run.steps} steps, seed {first.run.seed}, batch "
-        f"{first.optim.batch_size}, {first.optim.d_steps} discriminator steps a step. One seed a row: "
+        f"{first.optim.batch_size}{of_d}. One seed a row: "
         "differences of this size between rows are not a result, see the curves. A score by one network says "
         "nothing about a score by another.",
         "",
@@ -252,12 +280,12 @@ def _report(runs: list[Run], quantized: list[Run], keys: list[str], head: str, e
         pace = statistics.median(run.series("seconds_per_step")[1])
         lines.append(f"| {run.label} | " + " | ".join(cells) + f" | {pace:.3f} |")
     lines += ["", "What the columns are:", ""]
-    lines += [f"* `{key.removeprefix('score/')}`: {_MEANING[_short(key)]}" for key in keys]
+    lines += [f"* `{key.removeprefix('score/')}`: {_MEANING[_kind(key)]}" for key in keys]
     lines += ["", "![samples](samples.png)", "", "![scores against steps](curves.png)", ""]
     if quantized:
         lines += _codebook_table(quantized)
         lines += ["", "![perplexity and divergence](codebooks.png)", ""]
-        for run in quantized:
+        for run in quantized if not isinstance(first, UGATITTraining) else ():
             lines += [f"Codes of {run.label} at the end, real above and fake below the axis:", "",
                       f"![codes](codebook_{run.mode}.png)", ""]  # fmt: skip
     if extra:
@@ -301,6 +329,13 @@ def portable(command: str) -> str:
     return re.sub(r"(?<![\w.])/(?:[^\s:'\"/]+/)*([^\s:'\"/]+)", r"\1", command)
 
 
+def _site_codes(run: Run, site: str) -> int:
+    """Size of a site's codebook; sizes that differ are given for layers by their names."""
+    chosen = run.config.quantizer
+    named = dict(zip(chosen.layers, chosen.codebook_sizes, strict=False))
+    return named.get(site.rpartition("/")[2], chosen.codebook_size)
+
+
 def _codebook_table(runs: list[Run]) -> list[str]:
     lines = [
         "| codebook at the end | used | perplexity | dead codes | commitment | real/fake divergence, bit |",
@@ -313,7 +348,7 @@ def _codebook_table(runs: list[Run]) -> list[str]:
                 for what in ("usage", "perplexity", "dead_codes", "commitment", "divergence")
             )
             lines.append(
-                f"| {run.label}, `{site}` | {used:.0%} of {run.config.quantizer.codebook_size} | {ppl:.1f} | "
+                f"| {run.label}, `{site}` | {used:.0%} of {_site_codes(run, site)} | {ppl:.1f} | "
                 f"{dead:.0f} | {error:.3g} | {'-' if apart is None else f'{apart:.3f}'} |"
             )
     return lines
@@ -326,7 +361,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for report.md, pictures and results.json"
     )
-    parser.add_argument("--title", default="BigGAN with and without feature quantisation")
+    parser.add_argument("--title", default="With and without feature quantisation")
     parser.add_argument("--note", default="", help="sentence under the title: how these settings came about")
     parser.add_argument("--hide-real", action="store_true", help="leave the real pictures out of the report")
     options = parser.parse_args()

@@ -9,12 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import NAMES
 from benchmarks.search_report import ceilings, judge, table
 from fq.run import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _label(mode: str) -> str:
+    return "BigGAN" if mode == "none" else f"FQ-BigGAN, {mode}"
 
 
 def measured() -> str:
@@ -45,7 +48,7 @@ def _digits(results: dict[str, Any]) -> list[str]:
     for run in results["runs"]:
         last = {key.split("[")[0]: list(values.values())[-1] for key, values in run["scores_by_step"].items()}
         lines.append(
-            f"| {NAMES[run['fq']]} | {last['accuracy']:.3f} | {last['fd']:.1f} | {last['recall']:.2f} | "
+            f"| {_label(run['fq'])} | {last['accuracy']:.3f} | {last['fd']:.1f} | {last['recall']:.2f} | "
             f"{last['diversity']:.2f} |"
         )
     return [*lines, "", _machine(results["runs"][0]["provenance"][-1])]
@@ -63,7 +66,7 @@ def _cifar(results: dict[str, Any]) -> list[str]:
     for run in results["runs"]:
         steps = list(run["scores_by_step"][key].items())
         (first, before), (last, after) = steps[0], steps[-1]
-        lines.append(f"| {NAMES[run['fq']]} | {before:.0f} (step {first}) | {after:.0f} (step {last}) |")
+        lines.append(f"| {_label(run['fq'])} | {before:.0f} (step {first}) | {after:.0f} (step {last}) |")
     return [*lines, "", _machine(results["runs"][0]["provenance"][-1])]
 
 
