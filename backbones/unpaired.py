@@ -140,8 +140,8 @@ def _parse(specification: str, split: Split, root: Path) -> dict[str, _Place]:
             raise FileNotFoundError(f"domain {domain}: there is no {place.path} (from {specification!r})")
         if split == "test" and not own and not _is_pack(place.path):
             raise FileNotFoundError(
-                f"domain {domain}: {place.path} has one set of pictures, which train; name others for the test "
-                f"with test{domain}=PATH"
+                f"domain {domain}: {place.path} has one set of pictures, which train; name others for the "
+                f"test with test{domain}=PATH"
             )
         places[domain] = place
     return places
@@ -177,6 +177,10 @@ def _open_pack(place: _Place, size: int, split: Split, *, skip_corrupt: bool) ->
     """Pictures of a JPEG pack, all in memory."""
     pack = _Pack(place.path, split)
     rows = pack.rows(place.classes)
+    if not len(rows):
+        raise FileNotFoundError(
+            f"{place.path} holds no such picture for the {split} split: choose other classes"
+        )
     pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
     damaged: dict[int, str] = {}
     digest = hashlib.sha256(f"{size}".encode())
@@ -300,7 +304,8 @@ def _seeds(seed: int, domain: int) -> tuple[int, int]:
     """Independent seeds for the order and for the crops of a domain."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}, expected 0 <= seed < 2**64")
-    order, crop = np.random.SeedSequence((seed, domain)).generate_state(2, np.uint64)
+    # The domain comes first: behind a short seed it would read like the upper half of a long one.
+    order, crop = np.random.SeedSequence((domain, seed)).generate_state(2, np.uint64)
     return int(order), int(crop)
 
 
