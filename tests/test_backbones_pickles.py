@@ -311,10 +311,11 @@ def test_damaged_files_give_records_or_a_value_error(tmp_path_factory, protocol,
 WORDS = [
     b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
     b"ctorch.storage\n_load_from_bytes\n", b"ccollections\nOrderedDict\n", b"cbuiltins\nset\n",
-    b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n", b"c_codecs\nencode\n", 
-    b"ccopy_reg\n_reconstructor\n", b"c__builtin__\ndict\n", text("G"), text("f8"), text("state"), b"C\x02ab", b"K\x01", b"J\xff\xff\xff\xff",
-    b"q\x00", b"h\x00", b"q\x01", b"h\x01", b"\x94", b"R", b"R", b"\x81", b"b", b"(", b"(", b"t", b"\x85",
-    b"\x86", b"\x87", b"]", b"}", b")", b"\x8f", b"a", b"e", b"s", b"u", b"\x90", b"N", b"\x88", b"l", b"d",
+    b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n", b"c_codecs\nencode\n",
+    b"ccopy_reg\n_reconstructor\n", b"c__builtin__\ndict\n", text("G"), text("f8"), text("state"),
+    b"C\x02ab", b"K\x01", b"J\xff\xff\xff\xff", b"q\x00", b"h\x00", b"q\x01", b"h\x01", b"\x94", b"R", b"R",
+    b"\x81", b"b", b"(", b"(", b"t", b"\x85", b"\x86", b"\x87", b"]", b"}", b")", b"\x8f", b"a", b"e", b"s",
+    b"u", b"\x90", b"N", b"\x88", b"l", b"d",
 ]  # fmt: skip
 
 
