@@ -1,9 +1,9 @@
 """NVIDIA's StyleGAN2 network pickles, read as data: nothing in them is imported, compiled or called.
 
 Such a file rebuilds its networks by running source text that it carries along. Here a small stack machine
-reads the opcodes that these files need and puts plain values or inert stand-ins on its stack. A subclass of
-`pickle.Unpickler` with a narrow ``find_class`` would not do: it sizes its memo and its buffers by numbers in the
-file, hashes whatever a file makes a key, and lets a file set attributes on every object that it can reach.
+reads the opcodes that these files need and puts plain values or inert stand-ins on its stack. The standard
+unpickler with a narrow ``find_class`` would not do: it sizes its memo and buffers by numbers in the file,
+hashes whatever the file makes a key, and lets it set attributes on every object that it can reach.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NetworkRecord(NamedTuple):
     kwargs: dict[str, Any]
     """Keyword constructor arguments, plain data."""
     state: dict[str, Tensor]
-    """Tensors by key in the order of ``nn.Module.state_dict()``: contiguous CPU tensors in their own memory."""
+    """Tensors by key in the order of ``nn.Module.state_dict()``, contiguous, on the CPU, not views."""
 
 
 def read_networks(path: str | Path) -> dict[str, NetworkRecord]:
@@ -242,9 +242,20 @@ class _Machine:
         if opcode.arg is None:
             return opcode.name, None
         try:
+            if opcode.name in (
+                "GLOBAL",
+                "INST",
+            ):  # the stock reader expands escapes here, which pickle does not
+                return opcode.name, (self._line(), self._line())
             return opcode.name, opcode.arg.reader(cast(Any, self._stream))
         except (ValueError, OverflowError) as error:  # shorter than it claims, or no number where one is due
             raise _malformed(f"the argument of {opcode.name} at byte {position} cannot be read") from error
+
+    def _line(self) -> str:
+        line = self._stream.readline()
+        if not line.endswith(b"\n"):
+            raise ValueError("no end of line")
+        return line[:-1].decode("utf-8")
 
     def _apply(self, name: str, argument: Any) -> None:
         match name:
@@ -259,17 +270,15 @@ class _Machine:
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 items = [self._pop() for _ in range(int(name[-1]))]
                 self._stack.append(tuple(reversed(items)))
-            case "TUPLE":
-                self._stack.append(tuple(self._pop_mark()))
-            case "LIST":
-                self._stack.append(self._pop_mark())
+            case "TUPLE" | "LIST":
+                items = self._pop_mark()  # changes the stack that the next line adds to
+                self._stack.append(items if name == "LIST" else tuple(items))
             case "DICT":
                 items = self._pop_mark()
                 self._stack.append({})
                 self._set_items(items)
             case "GLOBAL" | "INST":
-                module, _, attribute = argument.partition(" ")
-                self._stack.append(self._find(module, attribute))
+                self._stack.append(self._find(*argument))
                 if name == "INST":
                     raise _malformed("opcode INST is refused, network pickles do not use it")
             case "STACK_GLOBAL":
@@ -471,8 +480,12 @@ def _encode(arguments: tuple[Any, ...], budget: _Budget) -> bytes:
     """Bytes as protocols 0 to 2 spell them: a text of their code points."""
     if _types(arguments) != (str, str) or arguments[1] != "latin1":
         raise _malformed("a text is encoded otherwise than as latin1")
-    budget.charge(len(arguments[0]))
-    return cast(bytes, arguments[0].encode("latin-1"))
+    text: str = arguments[0]
+    budget.charge(len(text))
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError as error:
+        raise _malformed("a text that stands for bytes has code points beyond 255") from error
 
 
 def _reconstruct_dict(arguments: tuple[Any, ...], budget: _Budget) -> dict[Any, Any]:
@@ -576,14 +589,14 @@ def _record(name: str, module: _Module, budget: _Budget) -> NetworkRecord:
     args, kwargs = module.state.get("_init_args"), module.state.get("_init_kwargs")
     if type(args) is not tuple or type(kwargs) is not dict or not all(type(key) is str for key in kwargs):
         raise _malformed(f"{name} does not say the arguments of its constructor")
-    copies: dict[int, Tensor] = {}
+    copies: dict[_View, Tensor] = {}
     state: dict[str, Tensor] = {}
     for key, view in _leaves(module, budget):
         if key in state:
             raise _malformed(f"{name} has {_describe(key)} twice")
-        if id(view) not in copies:
-            copies[id(view)] = _copy_out(view, budget)
-        state[key] = copies[id(view)]
+        if view not in copies:
+            copies[view] = _copy_out(view, budget)
+        state[key] = copies[view]
     if name != "D":
         _check_generator(name, state)
     return NetworkRecord(module.class_name, _plain(args, budget), _plain(kwargs, budget), state)
