@@ -323,6 +323,15 @@ def test_two_forwards_before_one_backward_give_the_sum_of_gradients():
             torch.testing.assert_close(one.grad, other.grad)
 
 
+def test_a_train_forward_leaves_the_graph_of_an_eval_forward_intact():
+    model = discriminator().eval()
+    x = pictures(model.config)
+    expected = torch.autograd.grad(model(x).logit.sum(), model.conv.weight_orig)[0]
+    logit = model(x).logit
+    model.train()(x)
+    assert torch.equal(torch.autograd.grad(logit.sum(), model.conv.weight_orig)[0], expected)
+
+
 @pytest.mark.parametrize("place", ["model.2", "model.5", "model.11", "leaky_relu"])
 def test_a_hook_may_replace_the_output_of_a_rectifier(place):
     model = discriminator().eval()
