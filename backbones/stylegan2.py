@@ -105,10 +105,7 @@ class StyleGAN2Config:
 
 
 def blur(x: Tensor, taps: Tensor, *, padding: int, stride: int = 1, gain: float = 1.0) -> Tensor:
-    """Filter every channel by itself with ``gain * taps``, symmetric ``[4, 4]``; ``x`` keeps its type.
-
-    ``[B, C, H, W]`` becomes ``[B, C, (H + 2 * padding - 4) // stride + 1, ...]``.
-    """
+    """Filter every channel of ``[B, C, H, W]`` with ``gain * taps``, symmetric ``[4, 4]``, keeping its type."""
     # A depthwise convolution beats separable passes, slices and banded matrices on the CPU, forward and back.
     with torch.autocast(x.device.type, enabled=False):
         weight = repeat((taps * gain).to(x.dtype), "h w -> c 1 h w", c=x.shape[1])
@@ -165,11 +162,9 @@ class EqualisedLinear(nn.Module):
     but each of them scales a whole map or a whole gradient.
     """
 
-    def __init__(
-        self, fan_in: int, fan_out: int, *, bias: int = 0, lr: float = 1, activate: bool = False
-    ) -> None:
+    def __init__(self, fan_in: int, fan_out: int, *, bias: int = 0, lr: float = 1, act: bool = False) -> None:
         super().__init__()
-        self.activate = activate
+        self.act = act
         self.lr = lr
         self.weight = nn.Parameter(torch.randn(fan_out, fan_in) / lr)
         self.bias = nn.Parameter(torch.full((fan_out,), float(bias)))
@@ -178,7 +173,7 @@ class EqualisedLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             weight = self.weight * (self.lr / math.sqrt(self.weight.shape[1]))
             x, bias = x.to(weight.dtype), self.bias * self.lr
-            return _activate(F.linear(x, weight), bias) if self.activate else F.linear(x, weight, bias)
+            return _activate(F.linear(x, weight), bias) if self.act else F.linear(x, weight, bias)
 
 
 class EqualisedConv2d(_Filtering):
@@ -236,7 +231,7 @@ def _check_labels(labels: Tensor | None, num_classes: int, batch: int) -> None:
 
 
 class MappingLayers(nn.Module):
-    """Fully connected layers from z, a label, or both to a latent; the discriminator maps its label with them."""
+    """Fully connected layers from z, a label, or both to a latent; the discriminator maps labels with them."""
 
     def __init__(self, config: StyleGAN2Config, latent_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -247,7 +242,7 @@ class MappingLayers(nn.Module):
             self.embed = EqualisedLinear(self.num_classes, out_dim)
             width += out_dim
         for name in self.layer_names:
-            self.add_module(name, EqualisedLinear(width, out_dim, lr=_MAPPING_LR, activate=True))
+            self.add_module(name, EqualisedLinear(width, out_dim, lr=_MAPPING_LR, act=True))
             width = out_dim
 
     def forward(self, z: Tensor | None, labels: Tensor | None = None) -> Tensor:
@@ -303,7 +298,7 @@ class Mapping(MappingLayers):
         config = self.config
         if z is None or z.ndim != 2 or z.shape[1] != config.latent_dim:
             raise ValueError(
-                f"z has shape {z if z is None else tuple(z.shape)} but this generator takes [batch, {config.latent_dim}]: "
+                f"z is {z if z is None else tuple(z.shape)} but must be of shape [batch, {config.latent_dim}]: "
                 "draw it with torch.randn(batch, generator.latent_dim)"
             )
         _check_labels(labels, config.num_classes, len(z))
@@ -566,8 +561,7 @@ class Generator(nn.Module):
 class DiscriminatorBlock(_Filtering):
     """Two convolutions that halve the map, in the wiring of the architecture.
 
-    Returns the pair ``(map, image)``: the image goes on, halved, in the skip architecture and is ``None``
-    in the others.
+    Returns ``(map, image)``: the image, halved, in the skip architecture and ``None`` in the others.
     """
 
     def __init__(self, config: StyleGAN2Config, resolution: int) -> None:
@@ -643,7 +637,7 @@ class DiscriminatorEpilogue(nn.Module):
         if config.d_architecture == "skip":
             self.fromrgb = EqualisedConv2d(config.image_channels, width, 1, clamp=clamp)
         self.conv = EqualisedConv2d(width + config.mbstd_channels, width, 3, clamp=clamp)
-        self.fc = EqualisedLinear(width * 16, width, activate=True)
+        self.fc = EqualisedLinear(width * 16, width, act=True)
         self.out = EqualisedLinear(width, width if config.num_classes > 1 else 1)
 
     def forward(self, x: Tensor, image: Tensor | None, condition: Tensor | None) -> Tensor:
