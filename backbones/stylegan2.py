@@ -105,7 +105,7 @@ class StyleGAN2Config:
 
 
 def blur(x: Tensor, taps: Tensor, *, padding: int, stride: int = 1, gain: float = 1.0) -> Tensor:
-    """Filter every channel of ``[B, C, H, W]`` with ``gain * taps``, symmetric ``[4, 4]``, keeping its type."""
+    """Filter every channel of ``[B, C, H, W]`` with ``gain * taps``, symmetric ``[4, 4]``; keep its type."""
     # A depthwise convolution beats separable passes, slices and banded matrices on the CPU, forward and back.
     with torch.autocast(x.device.type, enabled=False):
         weight = repeat((taps * gain).to(x.dtype), "h w -> c 1 h w", c=x.shape[1])
@@ -231,7 +231,7 @@ def _check_labels(labels: Tensor | None, num_classes: int, batch: int) -> None:
 
 
 class MappingLayers(nn.Module):
-    """Fully connected layers from z, a label, or both to a latent; the discriminator maps labels with them."""
+    """Fully connected layers from z, a label, or both to a latent; the discriminator has them for labels."""
 
     def __init__(self, config: StyleGAN2Config, latent_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class Mapping(MappingLayers):
         config = self.config
         if z is None or z.ndim != 2 or z.shape[1] != config.latent_dim:
             raise ValueError(
-                f"z is {z if z is None else tuple(z.shape)} but must be of shape [batch, {config.latent_dim}]: "
+                f"z is {None if z is None else tuple(z.shape)} but must be [batch, {config.latent_dim}]: "
                 "draw it with torch.randn(batch, generator.latent_dim)"
             )
         _check_labels(labels, config.num_classes, len(z))
