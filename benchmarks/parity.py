@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.golden import Case, read_case
 
-CHECKED = ("fq", "biggan")
+CHECKED = ("fq", "biggan", "stylegan2")
 """Kinds with a checker, ``check(case)`` of ``benchmarks.parity_KIND``."""
 
 FOLDER_KINDS = ("navgraph", "optimus", "vln")
