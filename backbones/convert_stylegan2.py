@@ -6,9 +6,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from backbones.stylegan2 import StyleGAN2Config
+from backbones.stylegan2 import Discriminator, Filtering, Generator, StyleGAN2Config
+
+State = dict[str, Tensor]
 
 _G_BLOCK = re.compile(r"synthesis\.b(\d+)\.conv1\.weight$")
 _D_BLOCK = re.compile(r"b(\d+)\.conv1\.weight$")
@@ -82,15 +85,15 @@ def infer_config(
     return StyleGAN2Config(**fields)
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict whose keys and shapes must be exactly those of the model.
+def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Compare keys and shapes of a state dict with those of a model.
 
     Args:
-        model: a `Generator` or `Discriminator`, which is changed only if everything fits.
+        model: a `Generator` or `Discriminator`.
         state: tensors by key.
 
     Raises:
-        ValueError: keys are missing, superfluous or of another shape; the first few are named, with both
+        ValueError: keys are missing, superfluous or of another shape; the first five are named, with both
             shapes.
     """
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -108,6 +111,19 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"the state does not fit this {type(model).__name__}: {'; '.join(wrong[:5])}{more}. Build the "
             "model with infer_config(state)"
         )
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict, if it passes `check_state`; otherwise the model is left as it was.
+
+    Args:
+        model: a `Generator` or `Discriminator`.
+        state: tensors by key.
+
+    Raises:
+        ValueError: keys or shapes differ.
+    """
+    check_state(model, state)
     model.load_state_dict(state, strict=True)
 
 
@@ -222,3 +238,113 @@ def _num_classes(embed: Tensor | None) -> int:
             "where num_classes 1 means unconditional"
         )
     return 1 if embed is None else embed.shape[1]
+
+
+# Names inside a layer of rosinality's networks: a generator layer, and colours, then the ends of the others.
+_LAYER_PARTS = {
+    "conv.weight": "weight",
+    "conv.modulation.weight": "affine.weight",
+    "conv.modulation.bias": "affine.bias",
+    "noise.weight": "noise_strength",
+    "activate.bias": "bias",
+    "bias": "bias",
+}
+_BLOCK_PARTS = {
+    "conv1.0.weight": "conv0.weight",
+    "conv1.1.bias": "conv0.bias",
+    "conv2.1.weight": "conv1.weight",
+    "conv2.2.bias": "conv1.bias",
+    "skip.1.weight": "skip.weight",
+}
+_ENDS = {
+    "final_conv.0.weight": "b4.conv.weight",
+    "final_conv.1.bias": "b4.conv.bias",
+    "final_linear.0.weight": "b4.fc.weight",
+    "final_linear.0.bias": "b4.fc.bias",
+    "final_linear.1.weight": "b4.out.weight",
+    "final_linear.1.bias": "b4.out.bias",
+}
+
+
+def from_rosinality(state: Mapping[str, Tensor], *, w_avg: Tensor | None = None) -> State:
+    """Network of the independent PyTorch implementation by rosinality under the public names.
+
+    The arithmetic of both is the same, so only names, order and axes of length one change. Its filters are
+    those of every StyleGAN2 and are made anew.
+
+    Args:
+        state: what its checkpoint stores as ``g``, ``g_ema`` or ``d``.
+        w_avg: ``[w_dim]``, average latent, which it keeps apart from the state (``latent_avg``). Zeros
+            without one: then only ``truncation=1`` means anything.
+
+    Returns:
+        A new dict that our `Generator` or `Discriminator` of `infer_config` loads with ``strict=True``.
+
+    Raises:
+        ValueError: a key is not one of that implementation, or the tensors do not fit together.
+    """
+    is_generator = "input.input" in state
+    rename = _rename_generator if is_generator else _rename_discriminator
+    count = len([key for key in state if re.match(r"to_rgbs\.\d+\.bias$|convs\.\d+\.skip\.1\.weight$", key)])
+    found: State = {}
+    for key, value in state.items():
+        if key.endswith(".kernel"):
+            continue
+        name = rename(key, 4 << count)
+        if name is None:
+            raise ValueError(
+                f"{key} is no key of rosinality's {'generator' if is_generator else 'discriminator'}: "
+                "pass its g, g_ema or d, keys without a prefix such as 'module.'"
+            )
+        found[name] = _reshape(key, value) if is_generator else value
+    if is_generator:
+        zeros = torch.zeros_like(found.get("mapping.fc0.bias", torch.zeros(0)))
+        found["mapping.w_avg"] = zeros if w_avg is None else w_avg
+    config = infer_config(g_state=found) if is_generator else infer_config(d_state=found)
+    with torch.device("meta"):
+        model = Generator(config) if is_generator else Discriminator(config)
+    taps = Filtering().resample_filter
+    found |= {key: taps.clone() for key in model.state_dict() if key.endswith("resample_filter")}
+    check_state(model, found)
+    return {key: found[key] for key in model.state_dict()}
+
+
+def _rename_generator(key: str, resolution: int) -> str | None:
+    if key == "input.input":
+        return "synthesis.b4.const"
+    if match := re.match(r"style\.(\d+)\.(weight|bias)$", key):
+        return f"mapping.fc{int(match[1]) - 1}.{match[2]}"
+    if match := re.match(r"noises\.noise_(\d+)$", key):
+        return f"{_layer_name(int(match[1]))}.noise_const"
+    if match := re.match(r"(conv1|convs\.(\d+))\.(.+)$", key):
+        layer = _layer_name(0 if match[2] is None else int(match[2]) + 1)
+        return f"{layer}.{_LAYER_PARTS[match[3]]}" if match[3] in _LAYER_PARTS else None
+    if match := re.match(r"(to_rgb1|to_rgbs\.(\d+))\.(.+)$", key):
+        size = 4 if match[2] is None else 8 << int(match[2])
+        return f"synthesis.b{size}.torgb.{_LAYER_PARTS[match[3]]}" if match[3] in _LAYER_PARTS else None
+    return None
+
+
+def _layer_name(index: int) -> str:
+    """Generator layer by its place: one at 4 pixels, two at every other resolution."""
+    return f"synthesis.b{4 << (index + 1) // 2}.conv{1 - index % 2}"
+
+
+def _rename_discriminator(key: str, resolution: int) -> str | None:
+    if match := re.match(r"convs\.0\.[01]\.(weight|bias)$", key):
+        return f"b{resolution}.fromrgb.{match[1]}"
+    if match := re.match(r"convs\.(\d+)\.(.+)$", key):
+        block = f"b{resolution >> (int(match[1]) - 1)}"
+        return f"{block}.{_BLOCK_PARTS[match[2]]}" if match[2] in _BLOCK_PARTS else None
+    return _ENDS.get(key)
+
+
+def _reshape(key: str, value: Tensor) -> Tensor:
+    """Without the axes of length one that our generator does not have."""
+    if key.startswith("noises."):
+        return value[0, 0]
+    if key.endswith("noise.weight"):
+        return value.reshape(())
+    if key == "input.input" or key.endswith("conv.weight"):
+        return value[0]
+    return value.flatten() if key.endswith(".bias") else value

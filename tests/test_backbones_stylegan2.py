@@ -1,7 +1,6 @@
 """Behaviour of the StyleGAN2 networks, and their numbers beside those of the original."""
 
 import copy
-import itertools
 import json
 import pickle
 from pathlib import Path
@@ -68,18 +67,15 @@ def test_numbers_of_the_original_are_reproduced(path):
     assert "  18 of 18 arrays  " in line
 
 
-def from_ours(path, g_config, d_config, arguments, dtype=torch.float32):
+def from_ours(path, config, arguments, dtype):
     """What the files hold, from our own networks: it exercises the checker, not the numbers."""
-    generator, discriminator = (
-        stirred(Generator(g_config)).to(dtype),
-        stirred(Discriminator(d_config)).to(dtype),
-    )
+    generator, discriminator = (stirred(kind(config)).to(dtype) for kind in (Generator, Discriminator))
     networks = {"G": generator, "D": discriminator}
     arrays = {f"{n}.{k}": v.clone() for n, m in networks.items() for k, v in m.state_dict().items()}
-    classes = g_config.num_classes if g_config.num_classes > 1 else 0
-    z = torch.randn(4, g_config.latent_dim, dtype=dtype)
+    classes = config.num_classes if config.num_classes > 1 else 0
+    z = torch.randn(4, config.latent_dim, dtype=dtype)
     c = F.one_hot(torch.arange(4) % max(classes, 1), max(classes, 1)).to(dtype)[:, :classes]
-    labels, real = (c if classes else None), pictures(d_config).to(dtype)
+    labels, real = (c if classes else None), pictures(config).to(dtype)
     taps = {}
     for name, module in discriminator.named_children():
         if name.startswith("b") and name != "b4":
@@ -97,8 +93,7 @@ def from_ours(path, g_config, d_config, arguments, dtype=torch.float32):
         arrays["img_const_unfused_maxdiff"] = (fake - plain).abs().max()
         arrays |= {"D_real": discriminator(real, labels), "D_fake": discriminator(fake, labels)}
         arrays |= {f"D_feat.{name}": value for name, value in taps.items()}
-        after = ws[:, 0].mean(0).lerp(generator.mapping.w_avg, 0.995)
-    arrays["w_avg_after"] = after
+        arrays["w_avg_after"] = ws[:, 0].mean(0).lerp(generator.mapping.w_avg, 0.995)
     loss = F.softplus(-discriminator(generator(z, labels, noise="const"), labels))
     loss.mean().backward()
     norms = {"Gmain_grad_norms": {k: p.grad.norm().item() for k, p in generator.named_parameters()}}
@@ -112,12 +107,12 @@ def from_ours(path, g_config, d_config, arguments, dtype=torch.float32):
         k: p.grad.norm().item() for k, p in discriminator.named_parameters()
     }
     arrays |= {"Gmain_loss": loss, "r1_penalty": penalty, "r1_grads": gradient[:1]}
-    noise = torch.randn(2, *fake.shape[1:], dtype=dtype) / g_config.resolution
+    noise = torch.randn(2, *fake.shape[1:], dtype=dtype) / config.resolution
     ws = generator.mapping(z[:2], None if labels is None else labels[:2])
     image = generator.synthesis(ws, noise="const", fused=False)
     (gradient,) = torch.autograd.grad((image * noise).sum(), ws)
     arrays |= {"pl_noise": noise, "pl_lengths": gradient.square().sum(2).mean(1).sqrt()}
-    meta = {"z_dim": g_config.latent_dim, "c_dim": classes, "num_ws": g_config.num_ws} | arguments | norms
+    meta = {"z_dim": config.latent_dim, "c_dim": classes, "num_ws": config.num_ws} | arguments | norms
     for name, model in networks.items():
         meta[f"{name}_keys"] = [[k, list(v.shape)] for k, v in model.state_dict().items()]
         meta[f"{name}_params"] = [k for k, _ in model.named_parameters()]
@@ -141,14 +136,12 @@ def test_other_files_are_understood(tmp_path, g_architecture, d_architecture, ch
             "epilogue_kwargs": {"mbstd_group_size": config.mbstd_group or None},
         },
     }
-    from_ours(tmp_path / "nameless.npz", config, config, arguments, dtype)
+    from_ours(tmp_path / "nameless.npz", config, arguments, dtype)
     status, kind, line = parity.check_file(tmp_path / "nameless.npz", ())
     assert (status, kind) == ("pass", "stylegan2"), line
 
 
-@pytest.mark.parametrize(
-    "key", ["img_none", "D_feat.b8", "r1_grads", "pl_lengths", "w_avg_after", "ws_psi0.5"]
-)
+@pytest.mark.parametrize("key", ["img_none", "D_feat.b8", "r1_grads", "pl_lengths", "w_avg_after"])
 def test_an_altered_number_fails(tmp_path, key):
     source = LOCAL / "stylegan2_32_cond_cifar.npz"
     with np.load(source) as archive:
@@ -422,19 +415,15 @@ def test_every_latent_is_read_and_colours_share_the_next_one(architecture):
 def test_styles_are_mixed_by_writing_latents():
     generator = Generator(small())
     first, second = (generator.mapping(torch.randn(2, 5)) for _ in range(2))
-    mixed = first.detach().clone()
-    mixed[:, 3:] = second[:, 3:]
-    written = generator.mapping(torch.randn(2, 5))
-    written[:, :3], written[:, 3:] = first[:, :3], second[:, 3:]
-    assert torch.equal(generator.synthesis(written, noise="none"), generator.synthesis(mixed, noise="none"))
+    expected = generator.synthesis(torch.cat([first[:, :3], second[:, 3:]], dim=1), noise="none")
+    first[:, 3:] = second[:, 3:]
+    assert torch.equal(generator.synthesis(first, noise="none"), expected)
 
 
 def test_random_noise_comes_from_the_generator_of_the_caller():
     generator, z = stirred(Generator(small())), torch.randn(2, 5)
     state = torch.get_rng_state()
-    images = [
-        generator(z, noise="random", generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    ]
+    images = [generator(z, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
     torch.manual_seed(1)
@@ -538,7 +527,7 @@ def test_clamp_bounds_the_convolutions_but_not_the_shortcuts():
     config = small(conv_clamp=0.01)
     discriminator, generator, outputs = Discriminator(config), Generator(config), {}
     torch.nn.init.constant_(discriminator.b8.skip.weight, 1e4)
-    for name, module in itertools.chain(discriminator.named_modules(), generator.named_modules()):
+    for name, module in [*discriminator.named_modules(), *generator.named_modules()]:
         module.register_forward_hook(lambda m, a, out, name=name: outputs.update({name: out}))
     discriminator(100 * pictures(config))
     generator(torch.randn(4, 5))
@@ -649,11 +638,9 @@ def test_weights_start_with_variance_one_and_are_scaled_at_run_time():
     assert 0.3 < discriminator.b16(None, pictures(config, 32))[0].std().item() < 3
 
 
-@pytest.mark.parametrize(
-    ("g_architecture", "d_architecture"), [("skip", "skip"), ("resnet", "resnet"), ("orig", "orig")]
-)
-def test_bfloat16_autocast_is_close_and_leaves_images_and_logits_in_float32(g_architecture, d_architecture):
-    config = small(resolution=16, num_classes=3, g_architecture=g_architecture, d_architecture=d_architecture)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_autocast_is_close_and_leaves_images_and_logits_in_float32(architecture):
+    config = small(resolution=16, num_classes=3, g_architecture=architecture, d_architecture=architecture)
     generator, discriminator = stirred(Generator(config)), stirred(Discriminator(config))
     z, labels, types = torch.randn(4, 5), torch.arange(4) % 3, {}
     for name, module in [*generator.named_modules(), *discriminator.named_modules()]:
