@@ -146,6 +146,7 @@ def _arguments_of(
 
 def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
     for key, value in arguments.items():
+        value = list(value) if isinstance(value, tuple) else value
         if isinstance(value, Mapping):
             _check_arguments(value, f"{where}.{key}")
         elif key in _FIXED and value != _FIXED[key] and value is not None:

@@ -50,7 +50,8 @@ def test_configuration_is_read_from_the_states(config):
 def test_constructor_arguments_give_what_shapes_do_not_show():
     config = small()
     g_state, d_state = Generator(config).state_dict(), Discriminator(config).state_dict()
-    g_arguments = {"mapping_kwargs": {"num_layers": 2}, "synthesis_kwargs": {"conv_clamp": 256}}
+    known = {"activation": "lrelu", "resample_filter": (1, 3, 3, 1), "use_noise": True}
+    g_arguments = {"mapping_kwargs": {"w_avg_beta": 0.995}, "synthesis_kwargs": {"conv_clamp": 256} | known}
     d_arguments = {"conv_clamp": 256, "epilogue_kwargs": {"mbstd_group_size": None}, "architecture": "resnet"}
     assert infer_config(g_state, init_kwargs=g_arguments).conv_clamp == 256
     assert infer_config(g_state, init_kwargs={"conv_clamp": 32, "num_fp16_res": 4}).conv_clamp == 32
