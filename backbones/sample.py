@@ -19,6 +19,7 @@ from backbones import stylegan2
 from backbones.biggan import BigGANConfig, Generator
 from backbones.configs import UGATITTraining, stored_training
 from backbones.convert import infer_config, load_public
+from backbones.convert_stylegan2 import load_nvidia
 from backbones.data import Images
 from backbones.stylegan2 import StyleGAN2Config
 from fq.run import CONFIG, STEP_NAME, checkpoint_tensors, load_config, newest_checkpoint
@@ -204,7 +205,8 @@ def load_generator(source: str | Path) -> tuple[nn.Module, NoiseConfig]:
     """The averaged generator of a run, or the generator of a public checkpoint.
 
     Args:
-        source: a run folder; one of its checkpoints; a public BigGAN ``.pth`` file, or its folder.
+        source: a run folder; one of its checkpoints; a public BigGAN ``.pth`` file, or its folder; an NVIDIA
+            StyleGAN2 ``.pkl``, in which nothing is run.
 
     Returns:
         The generator in eval mode and its configuration.
@@ -218,6 +220,8 @@ def load_generator(source: str | Path) -> tuple[nn.Module, NoiseConfig]:
     config: NoiseConfig
     if (run / CONFIG).is_file():
         config, state = _load_run(run, path)
+    elif path.suffix == ".pkl":
+        config, state = load_nvidia(path)
     else:
         state = load_public(path)
         config = infer_config(state)
@@ -246,10 +250,10 @@ def _load_run(run: Path, path: Path) -> tuple[NoiseConfig, dict[str, Tensor]]:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Draw pictures from a run, one of its checkpoints, or a public BigGAN checkpoint."""
+    """Draw pictures from a run, one of its checkpoints, or a public BigGAN or StyleGAN2 checkpoint."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT")]
-    """Run folder, checkpoint folder, or .pth file."""
+    """Run folder, checkpoint folder, BigGAN .pth or NVIDIA .pkl file."""
     classes: tuple[int, ...] = ()
     """Class numbers, one row each; all classes (at most 10) when empty."""
     num: int = 10

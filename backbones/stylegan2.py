@@ -121,7 +121,7 @@ def upsample(x: Tensor, taps: Tensor) -> Tensor:
     return blur(spread, taps, padding=2, gain=4.0)  # three zeros in every four pixels
 
 
-class _Filtering(nn.Module):
+class Filtering(nn.Module):
     """Module that keeps the low-pass filter of all resampling, ``[4, 4]`` with sum 1."""
 
     resample_filter: Tensor
@@ -176,7 +176,7 @@ class EqualisedLinear(nn.Module):
             return _activate(F.linear(x, weight), bias) if self.act else F.linear(x, weight, bias)
 
 
-class EqualisedConv2d(_Filtering):
+class EqualisedConv2d(Filtering):
     """Convolution with equalised learning rate, bias, rectification and clamp; may halve the map."""
 
     def __init__(
@@ -198,7 +198,7 @@ class EqualisedConv2d(_Filtering):
         return _activate(y, rearrange(self.bias, "o -> o 1 1"), gain=gain, clamp=self.clamp)
 
 
-class Shortcut(_Filtering):
+class Shortcut(Filtering):
     """1x1 convolution of a residual block that doubles or halves the map, times the root of one half."""
 
     def __init__(self, fan_in: int, fan_out: int, *, up: bool) -> None:
@@ -375,7 +375,7 @@ class _How(NamedTuple):
     fused: bool
 
 
-class SynthesisLayer(_Filtering):
+class SynthesisLayer(Filtering):
     """Modulated 3x3 convolution, noise, bias and leaky rectification; optionally doubles the map."""
 
     noise_const: Tensor
@@ -425,7 +425,7 @@ class ToRGB(nn.Module):
         return y if self.clamp is None else y.clamp(-self.clamp, self.clamp)
 
 
-class SynthesisBlock(_Filtering):
+class SynthesisBlock(Filtering):
     """Layers of one resolution; the 4x4 block starts from a learned constant, all others double the map.
 
     It has ``num_convs`` latents for itself and reads ``num_ws``: the one for its colours, if it makes any, is
@@ -558,7 +558,7 @@ class Generator(nn.Module):
         return self.synthesis(ws, noise=noise, generator=generator)
 
 
-class DiscriminatorBlock(_Filtering):
+class DiscriminatorBlock(Filtering):
     """Two convolutions that halve the map, in the wiring of the architecture.
 
     Returns ``(map, image)``: the image, halved, in the skip architecture and ``None`` in the others.
@@ -635,7 +635,7 @@ class DiscriminatorEpilogue(nn.Module):
         self.config = config
         width, clamp = config.channels(4), config.conv_clamp
         if config.d_architecture == "skip":
-            self.fromrgb = EqualisedConv2d(config.image_channels, width, 1, clamp=clamp)
+            self.fromrgb = EqualisedConv2d(config.image_channels, width, 1, clamp=None)  # as in the original
         self.conv = EqualisedConv2d(width + config.mbstd_channels, width, 3, clamp=clamp)
         self.fc = EqualisedLinear(width * 16, width, act=True)
         self.out = EqualisedLinear(width, width if config.num_classes > 1 else 1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.golden import Case, read_case
 
-CHECKED = ("fq", "biggan", "ugatit")
+CHECKED = ("fq", "biggan", "stylegan2", "ugatit")
 """Kinds with a checker, ``check(case)`` of ``benchmarks.parity_KIND``."""
 
 FOLDER_KINDS = ("navgraph", "optimus", "vln")
@@ -27,7 +27,7 @@ KINDS = ("fq", "biggan", "stylegan2", "ugatit", *FOLDER_KINDS)
 _MARKS = (
     ("fq", re.compile(r"init_embed|fq\d+\.embed")),
     ("stylegan2", re.compile(r"G\.synthesis\..+")),
-    ("ugatit", re.compile(r"G_cam_logit|D[57]\..+")),
+    ("ugatit", re.compile(r"G_cam_logit|D\d+\..+")),
     ("biggan", re.compile(r"[GD]\.blocks\.\d+\.0\.conv1\.weight")),
 )
 

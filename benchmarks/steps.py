@@ -96,10 +96,8 @@ def _prepared(config: Training, mode: Mode, folder: Path, steps: int) -> Trainin
     def pictures(name: str, side: int) -> str:
         path = folder / f"{name}.npz"
         if not path.exists():
-            labels = (
-                {} if isinstance(config, UGATITTraining) else {"labels": np.arange(count) % _classes(config)}
-            )
-            np.savez(path, images=draw.integers(0, 256, (count, side, side, 3), dtype=np.uint8), **labels)
+            images = draw.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+            np.savez(path, images=images, labels=np.arange(count) % _classes(config))
         return str(path)
 
     run = replace(
