@@ -635,7 +635,7 @@ class DiscriminatorEpilogue(nn.Module):
         self.config = config
         width, clamp = config.channels(4), config.conv_clamp
         if config.d_architecture == "skip":
-            self.fromrgb = EqualisedConv2d(config.image_channels, width, 1, clamp=None)  # as in the original
+            self.fromrgb = EqualisedConv2d(config.image_channels, width, 1, clamp=None)  # never clamped
         self.conv = EqualisedConv2d(width + config.mbstd_channels, width, 3, clamp=clamp)
         self.fc = EqualisedLinear(width * 16, width, act=True)
         self.out = EqualisedLinear(width, width if config.num_classes > 1 else 1)
