@@ -28,8 +28,10 @@ _MAX_OPCODES = 2_000_000
 _MAX_DEPTH = 32
 _MAX_COUNT = 1 << 48
 _MAX_AXES = 8
-# Bytes copied or visited per byte of the file: an honest one needs about three (decode, load, copy out).
+# Bytes made per byte of the file: an honest one needs about three (decode, load, copy out). A key or an entry
+# counts as some more bytes than those of its text.
 _MAX_EXPANSION = 8
+_OBJECT_SIZE = 32
 
 
 class NetworkRecord(NamedTuple):
@@ -472,7 +474,7 @@ def _empty_dict(arguments: tuple[Any, ...], budget: _Budget) -> dict[Any, Any]:
 def _make_set(arguments: tuple[Any, ...], budget: _Budget) -> set[Any]:
     if _types(arguments) != (list,):
         raise _malformed("a set is made from something else than one list")
-    budget.charge(len(arguments[0]))
+    budget.charge(_OBJECT_SIZE * len(arguments[0]))
     return set(map(_checked_key, arguments[0]))
 
 
@@ -492,7 +494,7 @@ def _reconstruct_dict(arguments: tuple[Any, ...], budget: _Budget) -> dict[Any, 
     """A subclass of dict as protocols 0 and 1 spell it: the class, its base and the content."""
     if len(arguments) != 3 or arguments[:2] != (_EASY_DICT, _DICT) or type(arguments[2]) is not dict:
         raise _malformed("an object other than a dictionary is reconstructed")
-    budget.charge(len(arguments[2]))
+    budget.charge(_OBJECT_SIZE * len(arguments[2]))
     return dict(arguments[2])
 
 
@@ -594,6 +596,7 @@ def _record(name: str, module: _Module, budget: _Budget) -> NetworkRecord:
     for key, view in _leaves(module, budget):
         if key in state:
             raise _malformed(f"{name} has {_describe(key)} twice")
+        budget.charge(_OBJECT_SIZE + len(key))
         if view not in copies:
             copies[view] = _copy_out(view, budget)
         state[key] = copies[view]
@@ -664,7 +667,7 @@ def _check_generator(name: str, state: Mapping[str, Tensor]) -> None:
 
 def _plain(value: Any, budget: _Budget, depth: int = 0) -> Any:
     """Copy of a constructor argument, refused if it holds anything but plain data."""
-    budget.charge(1)
+    budget.charge(_OBJECT_SIZE)
     if depth > _MAX_DEPTH:
         raise _malformed(f"a constructor argument is nested more than {_MAX_DEPTH} deep")
     if value is None or type(value) in (bool, int, float, str, bytes):
