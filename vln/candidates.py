@@ -139,7 +139,9 @@ class PanoramicSimulator:
         outside = (choice < 0) | (choice > candidates)
         if outside.any():
             row = int(np.argmax(outside))
-            raise ValueError(f"row {row}: choice {choice[row]} but there are {candidates[row] + 1}, STOP included")
+            raise ValueError(
+                f"row {row}: choice {choice[row]} but there are {candidates[row] + 1}, STOP included"
+            )
         if self._follower is None:
             walks = choice < candidates
             place = np.where(walks, choice, 0)

@@ -59,7 +59,11 @@ class NavGraph:
 
     def __post_init__(self) -> None:
         size = len(self.viewpoint_ids)
-        if self.positions.shape != (size, 3) or self.included.shape != (size,) or self.edges.shape[1:] != (2,):
+        if (
+            self.positions.shape != (size, 3)
+            or self.included.shape != (size,)
+            or self.edges.shape[1:] != (2,)
+        ):
             raise ValueError(
                 f"scan {self.scan_id}: {size} viewpoints need positions [{size}, 3], included [{size}] and edges "
                 f"[E, 2], got {list(self.positions.shape)}, {list(self.included.shape)}, {list(self.edges.shape)}"
@@ -186,7 +190,9 @@ def parse_connectivity(scan_id: str, document: Document) -> NavGraph:
     """
     rows = parse_json(document)
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{document.origin}: expected a list of viewpoints, found {type(rows).__name__} {rows!s:.40}")
+        raise ValueError(
+            f"{document.origin}: expected a list of viewpoints, found {type(rows).__name__} {rows!s:.40}"
+        )
     for number, row in enumerate(rows):
         missing = [name for name in _FIELDS if not isinstance(row, dict) or name not in row]
         if missing:
@@ -278,7 +284,8 @@ def _read_graphs(place: Path, scan_ids: Sequence[str] | None) -> dict[str, NavGr
         scan_ids = names or [name.removesuffix(SUFFIX) for name in documents]
     available = {name.removesuffix(SUFFIX): document for name, document in documents.items()}
     return {
-        scan_id: parse_connectivity(scan_id, document) for scan_id, document in _pick(available, scan_ids, place).items()
+        scan_id: parse_connectivity(scan_id, document)
+        for scan_id, document in _pick(available, scan_ids, place).items()
     }
 
 
@@ -335,7 +342,9 @@ def _read_cache(path: Path, digest_of_source: str) -> dict[str, NavGraph] | None
             scans = header["scans"]
     except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         # It may be anything, and must not be overwritten: the path is the caller's.
-        raise ValueError(f"{path} is not a cache of graphs, or damaged: delete it or name another file") from error
+        raise ValueError(
+            f"{path} is not a cache of graphs, or damaged: delete it or name another file"
+        ) from error
     at, first, graphs = 0, 0, {}
     for scan_id, names, count in scans:
         graphs[scan_id] = NavGraph(

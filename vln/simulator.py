@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from vln.geometry import HEADING_STEP, NUM_HEADINGS, NUM_VIEWS, Camera, Offsets, look, nearest_view, turn_table, wrap_heading
+from vln.geometry import NUM_VIEWS, Camera, Offsets, look, nearest_view, turn_table, wrap_heading
 from vln.world import World
 
 _TURNS = turn_table()
+_TURN_BASES = 9.0 * np.arange(NUM_VIEWS) + 4
+"""What a view adds to the signs of a turn to give its place in that table; float64, as the signs are."""
+_TURN_BASES_AFTER = _TURN_BASES.take(_TURNS)
+_FLOAT64, _INT64, _UINT64 = np.dtype(np.float64), np.dtype(np.int64), np.dtype(np.uint64)
 
 
 class State(NamedTuple):
@@ -86,21 +90,19 @@ class Simulator:
         self.camera = camera or Camera()
         self._random = np.random.default_rng(seed)
         self._shape = (batch_size,)
+        self._checks = np.empty((3, batch_size), dtype=bool)
         self._steps = 0
         self._count: np.ndarray | None = None
-        self._state: State | None = None
         if discretized:
             table = world.views(self.camera)
             self._records = table.records
-            # Single numbers of the table by position: faster than a field of records.
-            self._words = table.records.view(np.int32).reshape(-1)
             fields = table.records.dtype.fields
             assert fields is not None
-            self._row = np.full(batch_size, table.records.itemsize // 4)
-            self._first_neighbour = np.full(batch_size, fields["neighbour"][1] // 4)
-            self._num_views = np.full(batch_size, NUM_VIEWS)
-            self._middle, self._nine = np.full(batch_size, 4.0), np.full(batch_size, 9.0)
-            self._three = np.full(batch_size, 3.0)
+            # A neighbour by its position in the table, whatever a caller has done to the last snapshot.
+            self._neighbours = table.records.view(np.int32)[fields["neighbour"][1] // 4 :]
+            # Arrays, because NumPy takes longer over a Python number than over a small array.
+            self._words = np.full(batch_size, table.records.itemsize // 4)
+            self._views, self._three = np.full(batch_size, NUM_VIEWS), np.full(batch_size, 3.0)
 
     def new_episodes(
         self,
@@ -138,7 +140,9 @@ class Simulator:
             ValueError: another number of rows, an unknown scan, or one without an included viewpoint.
         """
         if isinstance(scan_ids, str) or len(scan_ids) != self.batch_size:
-            raise ValueError(f"expected a list of {self.batch_size} scan ids, one for each row, got {scan_ids!r:.60}")
+            raise ValueError(
+                f"expected a list of {self.batch_size} scan ids, one for each row, got {scan_ids!r:.60}"
+            )
         viewpoints = []
         for scan_id in scan_ids:
             inside = np.flatnonzero(self.world.graph(scan_id).included)
@@ -160,15 +164,20 @@ class Simulator:
             ValueError: another number of rows, a number that is no included viewpoint, or an angle that is not finite.
         """
         viewpoint = self._integers("viewpoints", viewpoints)
-        heading = self._angles("headings", headings)
-        elevation = self._angles("elevations", np.zeros(self.batch_size) if elevations is None else elevations)
+        heading = self._numbers("headings", headings)
+        elevation = self._numbers(
+            "elevations", np.zeros(self.batch_size) if elevations is None else elevations
+        )
+        self._require_finite("headings", heading)
+        self._require_finite("elevations", elevation)
         known = (viewpoint >= 0) & (viewpoint < len(self.world.included))
         known[known] = self.world.included[viewpoint[known]]
         if not known.all():
             row = int(np.argmin(known))
             raise ValueError(f"row {row}: {viewpoint[row]} is not the number of an included viewpoint")
         if self.discretized:
-            return self._arrive(viewpoint * NUM_VIEWS + nearest_view(heading, elevation), 0)
+            view = nearest_view(heading, elevation)
+            return self._arrive(viewpoint * NUM_VIEWS + view, _TURN_BASES[view], 0)
         return self._arrive_anywhere(viewpoint, heading, elevation, 0)
 
     def step(self, indices: Any, headings: Any, elevations: Any) -> State:
@@ -189,43 +198,55 @@ class Simulator:
         if count is None:
             raise RuntimeError("new_episodes must be called before step")
         index = self._integers("indices", indices)
-        heading, elevation = self._angles("headings", headings), self._angles("elevations", elevations)
-        # As unsigned numbers, negative ones are beyond every list too; counting is cheaper than any().
-        if np.count_nonzero(index.view(np.uint64) >= count):
-            row = int(np.argmax(index.view(np.uint64) >= count))
-            raise ValueError(
-                f"row {row}: index {index[row]} but the list holds {count[row]} navigable locations, 0 being the own one"
-            )
+        heading, elevation = self._numbers("headings", headings), self._numbers("elevations", elevations)
+        in_list, finite_heading, finite_elevation = self._checks
+        # As unsigned numbers, negative ones are beyond every list too.
+        np.less(index.view(_UINT64), count, in_list)
+        np.isfinite(heading, finite_heading)
+        np.isfinite(elevation, finite_elevation)
+        if np.count_nonzero(self._checks) != self._checks.size:
+            self._refuse(index, heading, elevation)
         if not self.discretized:
             return self._step_anywhere(index, heading, elevation)
-        # Most of the time of a small batch is the number of calls below, not their work.
-        target = np.multiply(self._code, self._row)
-        target += self._first_neighbour
-        target += index
+        # Few and plain calls: for a small batch they cost more than what they do.
+        place = np.multiply(self._code, self._words)
+        place += index
         turn = np.sign(heading)
         turn *= self._three
         turn += np.sign(elevation)
-        turn += self._turned
-        code = np.multiply(self._words.take(target), self._num_views)
-        code += _TURNS.take(turn.astype(np.intp))
-        return self._arrive(code, self._steps + 1)
+        turn += self._turn_base
+        turned = turn.astype(_INT64)
+        code = np.multiply(self._neighbours.take(place), self._views)
+        code += _TURNS.take(turned)
+        return self._arrive(code, _TURN_BASES_AFTER.take(turned), self._steps + 1)
 
-    def _arrive(self, code: np.ndarray, steps: int) -> State:
+    def _refuse(self, index: np.ndarray, heading: np.ndarray, elevation: np.ndarray) -> NoReturn:
+        """Name the first row that a step cannot take."""
+        assert self._count is not None
+        row = int(np.argmin(self._checks.all(axis=0)))
+        if self._checks[0, row]:
+            self._require_finite("headings", heading)
+            self._require_finite("elevations", elevation)
+        raise ValueError(
+            f"row {row}: index {index[row]} but the list holds {self._count[row]} navigable locations, 0 being the own one"
+        )
+
+    def _arrive(self, code: np.ndarray, turn_base: np.ndarray, steps: int) -> State:
         """Commit to states of the table, ``36 * viewpoint + view``."""
         rows = self._records.take(code)
-        view, count = rows["view"], rows["count"]
-        turned = view * self._nine
-        turned += self._middle
+        count = rows["count"]
         # The next step relies on these alone: what is in the snapshot belongs to the caller.
-        self._code, self._turned, self._count, self._steps = code, turned, count.astype(np.uint64), steps
+        self._code, self._turn_base, self._count, self._steps = code, turn_base, count.astype(_UINT64), steps
         return State(
-            steps, rows["viewpoint"], view, rows["heading"], rows["elevation"], count, rows["neighbour"],
+            steps, rows["viewpoint"], rows["view"], rows["heading"], rows["elevation"], count, rows["neighbour"],
             rows["rel_heading"], rows["rel_elevation"], rows["rel_distance"],
         )  # fmt: skip
 
     def _step_anywhere(self, index: np.ndarray, heading: np.ndarray, elevation: np.ndarray) -> State:
         viewpoint = np.take_along_axis(self._neighbour, index[:, None], axis=1)[:, 0]
-        return self._arrive_anywhere(viewpoint, self._heading + heading, self._elevation + elevation, self._steps + 1)
+        return self._arrive_anywhere(
+            viewpoint, self._heading + heading, self._elevation + elevation, self._steps + 1
+        )
 
     def _arrive_anywhere(
         self, viewpoint: np.ndarray, heading: np.ndarray, elevation: np.ndarray, steps: int
@@ -237,14 +258,18 @@ class Simulator:
         seen = look(offsets, heading[:, None], elevation[:, None], self.camera)
         navigable = seen.navigable & (near >= 0)
         wide = seen.rel_heading.astype(np.float64)
-        deviation = np.where(navigable, np.sqrt(wide * wide + seen.rel_elevation * seen.rel_elevation), np.inf)
+        deviation = np.where(
+            navigable, np.sqrt(wide * wide + seen.rel_elevation * seen.rel_elevation), np.inf
+        )
         order = np.argsort(deviation, axis=1, kind="stable")
         inside = np.take_along_axis(navigable, order, axis=1)
 
         def listed(own: Any, values: np.ndarray, padding: float) -> np.ndarray:
             column = np.broadcast_to(np.asarray(own, dtype=values.dtype), self._shape)[:, None]
             sorted_values = np.take_along_axis(values, order, axis=1)
-            return np.concatenate([column, np.where(inside, sorted_values, values.dtype.type(padding))], axis=1)
+            return np.concatenate(
+                [column, np.where(inside, sorted_values, values.dtype.type(padding))], axis=1
+            )
 
         state = State(
             step=steps,
@@ -258,27 +283,40 @@ class Simulator:
             rel_elevation=listed(0, seen.rel_elevation, 0),
             rel_distance=listed(0, offsets.distance, 0),
         )
-        self._heading, self._elevation, self._neighbour = heading.copy(), elevation.copy(), state.neighbour.copy()
+        self._heading, self._elevation, self._neighbour = (
+            heading.copy(),
+            elevation.copy(),
+            state.neighbour.copy(),
+        )
         self._count, self._steps = state.count.astype(np.uint64), steps
         return state
 
     def _integers(self, name: str, values: Any) -> np.ndarray:
         array = np.asarray(values)
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"{name} hold {array.dtype}, expected integers")
+        if array.dtype is not _INT64:
+            if array.dtype.kind not in "iu":
+                raise TypeError(f"{name} hold {array.dtype}, expected integers")
+            array = array.astype(_INT64)
         if array.shape != self._shape:
-            raise ValueError(f"{name} have shape {list(array.shape)}, expected [{self.batch_size}]: one for each row")
-        return array if array.dtype == np.int64 else array.astype(np.int64)
+            raise ValueError(
+                f"{name} have shape {list(array.shape)}, expected [{self.batch_size}]: one for each row"
+            )
+        return array
 
-    def _angles(self, name: str, values: Any) -> np.ndarray:
+    def _numbers(self, name: str, values: Any) -> np.ndarray:
         array = np.asarray(values)
-        if array.dtype != np.float64:
+        if array.dtype is not _FLOAT64:
             if array.dtype.kind not in "iuf":
                 raise TypeError(f"{name} hold {array.dtype}, expected numbers (radians)")
-            array = array.astype(np.float64)
+            array = array.astype(_FLOAT64)
         if array.shape != self._shape:
-            raise ValueError(f"{name} have shape {list(array.shape)}, expected [{self.batch_size}]: one for each row")
-        if np.count_nonzero(np.isfinite(array)) != self.batch_size:
-            row = int(np.argmin(np.isfinite(array)))
-            raise ValueError(f"row {row}: {name} hold {array[row]}, expected a finite angle in radians")
+            raise ValueError(
+                f"{name} have shape {list(array.shape)}, expected [{self.batch_size}]: one for each row"
+            )
         return array
+
+    def _require_finite(self, name: str, values: np.ndarray) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise ValueError(f"row {row}: {name} hold {values[row]}, expected a finite angle in radians")

@@ -84,7 +84,9 @@ class World:
         listed = list(graphs.values() if isinstance(graphs, Mapping) else graphs)
         self.graphs: dict[str, NavGraph] = {graph.scan_id: graph for graph in listed}
         if not listed or len(self.graphs) != len(listed):
-            raise ValueError(f"{len(listed)} graphs of {len(self.graphs)} scans: give one for each scan, at least one")
+            raise ValueError(
+                f"{len(listed)} graphs of {len(self.graphs)} scans: give one for each scan, at least one"
+            )
         sizes = [len(graph.viewpoint_ids) for graph in listed]
         self.starts = dict(zip(self.graphs, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         """Scan ids to the number of their first viewpoint."""
