@@ -1,8 +1,9 @@
 """Panoramic action space: at every viewpoint choose a neighbour, whatever the view, or stop.
 
-A neighbour's record names the view that shows it best. The originals find it by sweeping a simulator through all 36 views;
-here it is a table. Two orders are in use: that of EnvDrop (first sight from view 0, STOP last) and that of speaker-follower
-(STOP first, then by how far to turn), on which NDH, HANNA and the pre-training labels rely.
+A neighbour's record names the view that shows it best. The originals find it by sweeping a simulator through
+all 36 views; here it is a table. Two orders are in use: that of EnvDrop (first sight from view 0, STOP last)
+and that of speaker-follower (STOP first, then by how far to turn), on which NDH, HANNA and the pre-training
+labels rely.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from vln.geometry import HEADING_STEP, NUM_HEADINGS, NUM_VIEWS, VIEW_ELEVATIONS, VIEW_HEADINGS, Camera
+from vln.geometry import NUM_HEADINGS, VIEW_ELEVATIONS, VIEW_HEADINGS, Camera
 from vln.simulator import Simulator
 from vln.world import World
 
@@ -33,18 +34,18 @@ class Panorama(NamedTuple):
     """float64 ``[B]``, radians."""
     elevation: np.ndarray
     """float64 ``[B]``, radians."""
-    count: np.ndarray
+    num_choices: np.ndarray
     """int64 ``[B]``: number of choices, STOP included."""
     stop: np.ndarray
     """int64 ``[B]``: which choice is STOP."""
     candidate: np.ndarray
     """int32 ``[B, C]``: viewpoints; the own one for STOP, -1 behind the list."""
     point_id: np.ndarray
-    """int32 ``[B, C]``: view that shows the candidate best, which one faces after going there; -1 for STOP."""
+    """int32 ``[B, C]``: view that shows the candidate best, and that one faces there; -1 for STOP."""
     slot: np.ndarray
     """int32 ``[B, C]``: the candidate's place among that view's navigable locations; 0 for STOP."""
     rel_heading: np.ndarray
-    """float64 ``[B, C]``: of the candidate as the row looks now; within [-pi, pi] in the follower order only."""
+    """float64 ``[B, C]``: as the row looks now; within [-pi, pi] in the follower order only."""
     rel_elevation: np.ndarray
     """float64 ``[B, C]``: of the candidate above the horizon, wherever the row looks."""
     distance: np.ndarray
@@ -66,8 +67,8 @@ class PanoramicSimulator:
 
     Example:
         >>> from vln.navgraph import NavGraph
-        >>> edges = np.array([[0, 1], [1, 0]])
-        >>> house = NavGraph("house", ("hall", "bath"), np.array([[0, 0, 0], [3.0, 0, 0]]), np.ones(2, bool), edges)
+        >>> edges, positions = np.array([[0, 1], [1, 0]]), np.array([[0, 0, 0], [3.0, 0, 0]])
+        >>> house = NavGraph("house", ("hall", "bath"), positions, np.ones(2, bool), edges)
         >>> agents = PanoramicSimulator(World([house]))
         >>> seen = agents.new_episodes(["house"], ["hall"], [0.0])
         >>> seen.candidate.tolist(), seen.point_id.tolist(), seen.stop.tolist()
@@ -120,7 +121,7 @@ class PanoramicSimulator:
         """Take every row to the candidate it chose, facing the view that showed it; STOP stays as it is.
 
         Args:
-            choices: integer ``[B]``, below the row's count.
+            choices: integer ``[B]``, below the row's ``num_choices``.
 
         Raises:
             RuntimeError: there are no episodes yet.
@@ -135,7 +136,7 @@ class PanoramicSimulator:
         if choice.shape != (self.batch_size,):
             raise ValueError(f"choices have shape {list(choice.shape)}, expected [{self.batch_size}]")
         viewpoint, view = self._now
-        candidates = self._table.count[viewpoint]
+        candidates = self._table.num_candidates[viewpoint]
         outside = (choice < 0) | (choice > candidates)
         if outside.any():
             row = int(np.argmax(outside))
@@ -157,7 +158,7 @@ class PanoramicSimulator:
         )
 
     def _arrive(self, viewpoint: np.ndarray, view: np.ndarray, steps: int) -> Panorama:
-        table, count = self._table, self._table.count[viewpoint].astype(np.int64)
+        table, count = self._table, self._table.num_candidates[viewpoint].astype(np.int64)
         row = viewpoint * NUM_HEADINGS + view % NUM_HEADINGS
         fields = [field[viewpoint] for field in table[1:]]
         if self._follower is None:
@@ -182,6 +183,6 @@ class PanoramicSimulator:
             columns.append(column)
         self._now, self._steps = (viewpoint, view), steps
         return Panorama(
-            steps, viewpoint.copy(), view.copy(), VIEW_HEADINGS[view], VIEW_ELEVATIONS[view], count + 1, stop.copy(),
-            *columns,
+            steps, viewpoint.copy(), view.copy(), VIEW_HEADINGS[view], VIEW_ELEVATIONS[view], count + 1,
+            stop.copy(), *columns,
         )  # fmt: skip

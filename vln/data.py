@@ -12,7 +12,7 @@ _T = TypeVar("_T")
 
 
 class R2RItem(NamedTuple):
-    """A path with its instructions (Anderson et al., 2018); the test split holds the first viewpoint alone."""
+    """A path with its instructions (Anderson et al., 2018); test items have its first viewpoint alone."""
 
     path_id: int | str
     scan_id: str
@@ -31,7 +31,7 @@ class R2RItem(NamedTuple):
 
 
 class NDHItem(NamedTuple):
-    """A dialogue so far, and where it led (CVDN, Thomason et al., 2019); the test split has no ends and no paths."""
+    """A dialogue so far, and where it led (CVDN, Thomason et al., 2019); test items have no ends or paths."""
 
     inst_idx: int
     scan_id: str
@@ -46,7 +46,7 @@ class NDHItem(NamedTuple):
 
     @property
     def trusted_path(self) -> tuple[str, ...]:
-        """The player's path if it passes the planner's last viewpoint after its own first, or else the planner's."""
+        """The player's path if it passes the planner's last viewpoint after its start, else the planner's."""
         trusted = bool(self.planner_path) and self.planner_path[-1] in self.player_path[1:]
         return self.player_path if trusted else self.planner_path
 
@@ -72,15 +72,15 @@ def read_r2r(source: str | Path, split: str | None = None) -> list[R2RItem]:
     """R2R items.
 
     Args:
-        source: the JSON file, or with a split a data folder: one with ``R2R_{split}.json`` in it, in ``r2r/`` or in
-            ``r2r.tar*``.
+        source: the JSON file, or with a split a data folder: one with ``R2R_{split}.json`` in it, in ``r2r/``
+            or in ``r2r.tar*``.
         split: ``train``, ``val_seen``, ``val_unseen`` or ``test``.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or an item lacks a field; the text names file, item and field.
     """
-    return _read(source, split and ("r2r", f"R2R_{split}.json"), _r2r_item)
+    return _read(source, ("r2r", f"R2R_{split}.json") if split else None, _r2r_item)
 
 
 def read_ndh(source: str | Path, split: str | None = None) -> list[NDHItem]:
@@ -94,27 +94,27 @@ def read_ndh(source: str | Path, split: str | None = None) -> list[NDHItem]:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or an item lacks a field; the text names file, item and field.
     """
-    return _read(source, split and ("ndh", f"{split}.json"), _ndh_item)
+    return _read(source, ("ndh", f"{split}.json") if split else None, _ndh_item)
 
 
 def read_hanna(source: str | Path, split: str | None = None) -> list[HannaTask]:
     """HANNA tasks.
 
     Args:
-        source: the JSON file, or with a split a data folder: one with ``hanna_{split}.json`` in it, in ``hanna/`` or
-            in ``hanna.tar*``.
+        source: the JSON file, or with a split a data folder: one with ``hanna_{split}.json`` in it, in
+            ``hanna/`` or in ``hanna.tar*``.
         split: such as ``val_seen_env``.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or an item lacks a field; the text names file, item and field.
     """
-    return _read(source, split and ("hanna", f"hanna_{split}.json"), hanna_task)
+    return _read(source, ("hanna", f"hanna_{split}.json") if split else None, hanna_task)
 
 
-def _read(source: str | Path, member: tuple[str, str] | str | None, convert: Callable[[Any], _T]) -> list[_T]:
+def _read(source: str | Path, member: tuple[str, str] | None, convert: Callable[[Any], _T]) -> list[_T]:
     place = Path(source)
-    document = find_document(place, *member) if isinstance(member, tuple) else read_document(place)
+    document = find_document(place, *member) if member else read_document(place)
     rows = parse_json(document)
     if not isinstance(rows, list):
         raise ValueError(f"{document.origin} holds a JSON {type(rows).__name__}, expected a list of items")

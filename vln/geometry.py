@@ -1,7 +1,7 @@
 """What can be seen and walked to from a pose: the Matterport3D Simulator's formulas, to its last float.
 
-Angles are radians. Heading 0 looks along +y and grows to the right, elevation grows upwards from the horizon. There are
-36 views: view ``12 * row + k`` looks at heading ``k * 30°``, row 0 down, 1 level, 2 up by 30°.
+Angles are radians. Heading 0 looks along +y and grows to the right, elevation grows upwards from the horizon.
+There are 36 views: view ``12 * row + k`` looks at heading ``k * 30°``, row 0 down, 1 level, 2 up by 30°.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Camera:
         low, high = self.elevation_limits
         if self.width < 1 or self.height < 1 or not 0 < self.vfov < math.pi:
             raise ValueError(
-                f"a camera of {self.width}x{self.height} pixels and {self.vfov} rad: give sizes above 0 and a vertical "
-                "field of view between 0 and pi"
+                f"a camera of {self.width}x{self.height} pixels and {self.vfov} rad: give sizes above 0 "
+                "and a vertical field of view between 0 and pi"
             )
         if not -math.pi / 2 < low < 0 < high < math.pi / 2:
             raise ValueError(f"elevation_limits are {low} and {high}: expected -pi/2 < low < 0 < high < pi/2")
@@ -84,7 +84,7 @@ def offsets_between(source: np.ndarray, target: np.ndarray) -> Offsets:
     """Way from one position to the other.
 
     Args:
-        source: float32 ``[..., 3]``. The original rounds positions to float32, which moves headings by up to 7e-4.
+        source: float32 ``[..., 3]``. The original rounds so, which moves headings by up to 7e-4.
         target: the same.
     """
     x, y, z = np.moveaxis(target - source, -1, 0)

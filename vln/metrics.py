@@ -1,13 +1,13 @@
 """Official scores of R2R, NDH and HANNA, an item at a time and on average.
 
-Distances are shortest walking distances in metres. A path may repeat a viewpoint, as it does when an agent turns on the
-spot. All functions score whole splits at once.
+Distances are shortest walking distances in metres. A path may repeat a viewpoint, as it does when an agent
+turns on the spot. All functions score whole splits at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class HannaScores(NamedTuple):
     oracle_success: np.ndarray
     spl: np.ndarray
     oracle_spl: np.ndarray
-    """With the final success as factor: a slip of the official evaluator, kept because its figures are published."""
+    """With the final success as factor: a slip of the official evaluator, whose figures are published."""
     oracle_spl_mended: np.ndarray
     """With the oracle success."""
     num_requests: np.ndarray
@@ -95,9 +95,13 @@ class HannaResult(NamedTuple):
 def mean_scores(scores: R2RScores | NDHScores | HannaScores) -> dict[str, float]:
     """Plain mean of every score.
 
-    HANNA's counts of targets become ``target_success_rate``, the share reached of all, -1 when there was none.
+    HANNA's counts of targets become ``target_success_rate``: the share reached of all, -1 without any.
     """
-    means = {name: float(np.mean(value)) for name, value in scores._asdict().items() if isinstance(value, np.ndarray)}
+    means = {
+        name: float(np.mean(value))
+        for name, value in scores._asdict().items()
+        if isinstance(value, np.ndarray)
+    }
     if isinstance(scores, HannaScores):
         targets, reached = scores.num_targets.sum(), scores.num_targets_reached.sum()
         del means["num_targets"], means["num_targets_reached"]
@@ -116,11 +120,12 @@ def score_r2r(
 ) -> R2RScores:
     """R2R scores with nDTW, SDTW and CLS of every instruction of the items.
 
-    With P the path, R the reference and g its end: ``nav_error = d(P_end, g)``, ``oracle_error = min d(P_i, g)``, success
-    where they are below the radius, ``length = sum d(P_i, P_i+1)``, so that a jump costs its walking distance,
-    ``spl = success * L / max(L, length, 0.01)`` with ``L = d(P_0, g)`` (Anderson et al., 2018). ``ndtw = exp(-DTW(P, R) /
-    (radius * |R|))`` (Ilharco et al., 2019). ``cls = C * E / (E + |E - length(P)|)`` with coverage ``C = mean over R of
-    exp(-d(r, P) / radius)`` and ``E = C * length(R)`` (Jain et al., 2019).
+    With P the path, R the reference and g its end: ``nav_error = d(P_end, g)``, ``oracle_error = min d(P_i,
+    g)``, success where they are below the radius, ``length = sum d(P_i, P_i+1)``, so that a jump costs its
+    walking distance, ``spl = success * L / max(L, length, 0.01)`` with ``L = d(P_0, g)`` (Anderson et al.,
+    2018). ``ndtw = exp(-DTW(P, R) / (radius * |R|))`` (Ilharco et al., 2019). ``cls = C * E / (E + |E -
+    length(P)|)`` with coverage ``C = mean over R of exp(-d(r, P) / radius)`` and ``E = C * length(R)`` (Jain
+    et al., 2019).
 
     Args:
         paths: instruction id to viewpoint ids, repeats included; ids that no item has are not looked at.
@@ -131,13 +136,15 @@ def score_r2r(
         annotated_length: take the length of R for L, as is usual for R4R.
 
     Raises:
-        ValueError: an instruction has no path; a path is empty, does not begin where its item does, or passes a viewpoint
-            that the scan does not have or that cannot be reached; or an item has no goal.
+        ValueError: an instruction has no path; a path is empty, does not begin where its item does, or passes
+            a viewpoint that the scan does not have or that cannot be reached; or an item has no goal.
     """
     rows = [(name, item) for item in items for name in item.instruction_ids]
     goalless = [name for name, item in rows if item.distance is None and len(item.path) == 1]
     if goalless:
-        raise ValueError(f"{len(goalless)} instructions, {goalless[0]} first, have no goal: the test split has no scores here")
+        raise ValueError(
+            f"{len(goalless)} instructions, {goalless[0]} first, have no goal: a test split has no scores"
+        )
     names = [name for name, _ in rows]
     _require_all(names, paths)
     world = _Distances(graphs, [item.scan_id for _, item in rows])
@@ -179,9 +186,10 @@ def score_ndh(
 ) -> NDHScores:
     """NDH scores of every item.
 
-    ``goal_progress = min d(start, e) - min d(P_end, e)`` over the goal region's viewpoints e (Thomason et al., 2019), whatever
-    the path type; ``oracle_progress`` that of the best viewpoint passed. The other scores take the last viewpoint of the
-    chosen path for the goal; SPL of a walk of no length counts as 1 if none was needed.
+    ``goal_progress = min d(start, e) - min d(P_end, e)`` over the goal region's viewpoints e (Thomason et
+    al., 2019), whatever the path type; ``oracle_progress`` that of the best viewpoint passed. The other
+    scores take the last viewpoint of the chosen path for the goal; SPL of a walk of no length counts as 1 if
+    none was needed.
 
     Args:
         paths: ``inst_idx`` to viewpoint ids; ids that no item has are not looked at.
@@ -191,15 +199,20 @@ def score_ndh(
         success_radius: metres; reaching it exactly is no success.
 
     Raises:
-        ValueError: an item has no path; a path is empty, does not begin where its item does, or passes a viewpoint that the
-            scan does not have or that cannot be reached; an item has no goal; or ``path_type`` is another.
+        ValueError: an item has no path; a path is empty, does not begin where its item does, or passes a
+            viewpoint that the scan does not have or that cannot be reached; an item has no goal; or
+            ``path_type`` is another.
     """
     if path_type not in get_args(PathType):
         raise ValueError(f"path_type is {path_type!r}, expected one of {', '.join(get_args(PathType))}")
     names = [item.inst_idx for item in items]
-    goalless = [item.inst_idx for item in items if not (item.end_panos and item.planner_path and item.player_path)]
+    goalless = [
+        item.inst_idx for item in items if not (item.end_panos and item.planner_path and item.player_path)
+    ]
     if goalless:
-        raise ValueError(f"{len(goalless)} items, {goalless[0]} first, have no goal: the test split has no scores here")
+        raise ValueError(
+            f"{len(goalless)} items, {goalless[0]} first, have no goal: the test split has no scores here"
+        )
     _require_all(names, paths)
     world = _Distances(graphs, [item.scan_id for item in items])
     path = world.paths(names, [paths[name] for name in names], [item.start for item in items])
@@ -238,10 +251,10 @@ def score_hanna(
 ) -> HannaScores:
     """HANNA scores of every instruction.
 
-    ``error`` is the distance to the nearest goal, and reaching the radius exactly is a success (Nguyen & Daumé, 2019). SPL
-    compares with the distance of that goal from the start. The oracle stops at the viewpoint passed that is nearest to a
-    goal, for the first time. After a request a target is to be reached: it counts as reached when the agent is within the
-    radius of it at its next STOP, or at the end.
+    ``error`` is the distance to the nearest goal, and reaching the radius exactly is a success (Nguyen &
+    Daumé, 2019). SPL compares with the distance of that goal from the start. The oracle stops at the
+    viewpoint passed that is nearest to a goal, for the first time. After a request a target is to be reached:
+    it counts as reached when the agent is within the radius of it at its next STOP, or at the end.
 
     Args:
         results: instruction id to what the agent did; ids that no task has are not looked at.
@@ -250,8 +263,9 @@ def score_hanna(
         success_radius: metres.
 
     Raises:
-        ValueError: an instruction has no result; a path is empty, does not begin where its task does, or passes a viewpoint
-            that the scan does not have or that cannot be reached; or a result's lists do not fit together.
+        ValueError: an instruction has no result; a path is empty, does not begin where its task does, or
+            passes a viewpoint that the scan does not have or that cannot be reached; or a result's lists do
+            not fit together.
     """
     rows = [(name, task) for task in tasks for name in task.instruction_ids]
     names = [name for name, _ in rows]
@@ -317,7 +331,7 @@ def _targets(name: str, result: HannaResult, graph: NavGraph, radius: float) -> 
 
 
 class _Paths(NamedTuple):
-    """Paths of different lengths; the last viewpoint is repeated behind the end, which changes no distance."""
+    """Paths of different lengths, the last viewpoint repeated behind the end: that changes no distance."""
 
     nodes: np.ndarray
     """int64 ``[N, T]``."""
@@ -353,7 +367,9 @@ class _Distances:
         used = list(dict.fromkeys(scan_ids))
         missing = [scan_id for scan_id in used if scan_id not in graphs]
         if missing:
-            raise ValueError(f"no graph of scan {', '.join(missing[:3])}: load the graphs of all scans of the items")
+            raise ValueError(
+                f"no graph of scan {', '.join(missing[:3])}: load the graphs of all scans of the items"
+            )
         self._graphs = [graphs[scan_id] for scan_id in scan_ids]
         tables = [graphs[scan_id].distances for scan_id in used]
         starts = np.cumsum([0, *(table.size for table in tables)])
@@ -369,16 +385,20 @@ class _Distances:
         """Viewpoint ids to numbers, for every row.
 
         Raises:
-            ValueError: a path is empty, begins elsewhere than it should, or passes a viewpoint that is not there or cannot
-                be reached; the text names the row.
+            ValueError: a path is empty, begins elsewhere than it should, or passes a viewpoint that is not
+                there or cannot be reached; the text names the row.
         """
         lengths = np.array([len(path) for path in paths], dtype=np.int64)
         if not lengths.all():
-            raise ValueError(f"{names[int(np.argmin(lengths))]}: the path is empty, expected at least its start")
+            raise ValueError(
+                f"{names[int(np.argmin(lengths))]}: the path is empty, expected at least its start"
+            )
         nodes = np.zeros((len(paths), lengths.max(initial=1)), dtype=np.int64)
         for row, (path, graph) in enumerate(zip(paths, self._graphs, strict=True)):
             if starts is not None and path[0] != starts[row]:
-                raise ValueError(f"{names[row]}: the path begins at {path[0]}, expected the item's start {starts[row]}")
+                raise ValueError(
+                    f"{names[row]}: the path begins at {path[0]}, expected the item's start {starts[row]}"
+                )
             try:
                 numbers = [graph.index(viewpoint_id) for viewpoint_id in path]
             except ValueError as error:
@@ -465,7 +485,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.ones_like(part), where=whole != 0)
 
 
-def _require_all(names: Sequence[object], given: Mapping[object, object]) -> None:
+def _require_all(names: Sequence[Any], given: Mapping[Any, Any]) -> None:
     missing = [name for name in names if name not in given]
     if missing:
         raise ValueError(

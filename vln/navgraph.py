@@ -1,6 +1,6 @@
 """Navigation graphs: viewpoints of a scan, the edges between them, shortest paths.
 
-Reads the connectivity files of the Matterport3D Simulator (Anderson et al., 2018) out of a folder or an archive.
+Reads the connectivity files of the Matterport3D Simulator (Anderson et al., 2018), from folders or archives.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class NavGraph:
             or self.edges.shape[1:] != (2,)
         ):
             raise ValueError(
-                f"scan {self.scan_id}: {size} viewpoints need positions [{size}, 3], included [{size}] and edges "
-                f"[E, 2], got {list(self.positions.shape)}, {list(self.included.shape)}, {list(self.edges.shape)}"
+                f"scan {self.scan_id}: {size} viewpoints need positions [{size}, 3], included [{size}] and "
+                f"edges [E, 2], got {list(self.positions.shape)}, {list(self.included.shape)} and "
+                f"{list(self.edges.shape)}"
             )
         if len(self._index) != size:
             twice = sorted({name for name in self.viewpoint_ids if self.viewpoint_ids.count(name) > 1})
@@ -89,7 +90,7 @@ class NavGraph:
             return self._index[viewpoint_id]
         except KeyError:
             raise ValueError(
-                f"scan {self.scan_id} has no viewpoint {viewpoint_id}: it has {len(self.viewpoint_ids)} others"
+                f"scan {self.scan_id} has no viewpoint {viewpoint_id} among its {len(self.viewpoint_ids)}"
             ) from None
 
     @cached_property
@@ -104,8 +105,8 @@ class NavGraph:
     def distances(self) -> np.ndarray:
         """Shortest walking distance of every pair, float64 ``[V, V]`` metres (R2R, Sec. 4.1).
 
-        Edges weigh their length in float64. Infinite where there is no path; an excluded viewpoint is nowhere,
-        not even at itself.
+        Edges weigh their length in float64. Infinite where there is no path; an excluded viewpoint is
+        nowhere, not even at itself.
 
         Raises:
             ValueError: an edge between included viewpoints has no reverse.
@@ -114,7 +115,9 @@ class NavGraph:
 
     @property
     def next_hops(self) -> np.ndarray:
-        """First step of a shortest path of every pair, int32 ``[V, V]``: itself on the diagonal, -1 without path.
+        """First step of a shortest path of every pair, int32 ``[V, V]``.
+
+        The viewpoint itself on the diagonal, -1 without a path.
 
         Raises:
             ValueError: an edge between included viewpoints has no reverse.
@@ -131,15 +134,15 @@ class NavGraph:
         if len(one_way):
             source, target = (self.viewpoint_ids[index] for index in one_way[0])
             raise ValueError(
-                f"scan {self.scan_id}: one can walk from {source} to {target} but not back; distances are defined "
-                "where every edge has its reverse"
+                f"scan {self.scan_id}: one can walk from {source} to {target} but not back; distances are "
+                "defined where every edge has its reverse"
             )
         offsets = self.positions[walkable[:, 0]] - self.positions[walkable[:, 1]]
         lengths = np.sqrt((offsets**2).sum(axis=1))
         # Explicit zeros stay edges in a sparse array: two viewpoints may share a position.
         graph = csr_array((lengths, (walkable[:, 0], walkable[:, 1])), shape=(size, size))
         distances, previous = dijkstra(graph, return_predecessors=True)
-        # On an undirected graph the node before `a` on the way from `b` is the node after `a` on the way to `b`.
+        # Undirected: the node before `a` on the way from `b` is the node after `a` on the way to `b`.
         hops = np.where(previous.T < 0, -1, previous.T)
         inside = np.flatnonzero(self.included)
         hops[inside, inside] = inside
@@ -177,8 +180,8 @@ class NavGraph:
 def parse_connectivity(scan_id: str, document: Document) -> NavGraph:
     """Graph of one connectivity file.
 
-    Only row ``i`` of the flags counts for ``i``: an edge leads from ``i`` to every included ``j`` that is unobstructed
-    there.
+    Only row ``i`` of the flags counts for ``i``: an edge leads from ``i`` to every included ``j`` that is
+    unobstructed there.
 
     Args:
         scan_id: name of the scan.
@@ -199,8 +202,8 @@ def parse_connectivity(scan_id: str, document: Document) -> NavGraph:
             raise ValueError(f"{document.origin}: viewpoint {number} lacks {', '.join(missing)}")
         if len(row["unobstructed"]) != len(rows) or len(row["pose"]) != 16:
             raise ValueError(
-                f"{document.origin}: viewpoint {number} ({row['image_id']}) has {len(row['unobstructed'])} flags and "
-                f"{len(row['pose'])} pose numbers, expected {len(rows)} and 16"
+                f"{document.origin}: viewpoint {number} ({row['image_id']}) has {len(row['unobstructed'])} "
+                f"flags and {len(row['pose'])} pose numbers, expected {len(rows)} and 16"
             )
     poses = _array([row["pose"] for row in rows], "iuf", "pose", document)
     included = _array([row["included"] for row in rows], "b", "included", document)
@@ -225,7 +228,8 @@ def _array(values: list[Any], kinds: str, name: str, document: Document) -> np.n
 
 
 def find_connectivity(place: str | Path) -> Path:
-    """Folder or archive of connectivity files: the place itself, ``connectivity/`` or ``connectivity.tar*`` in it.
+    """Folder or archive of connectivity files: the place itself, ``connectivity/`` or ``connectivity.tar*``
+    in it.
 
     Raises:
         FileNotFoundError: there is none; the text names what was looked for.
@@ -238,7 +242,8 @@ def find_connectivity(place: str | Path) -> Path:
         if candidate.is_file() or any(candidate.glob(f"*{SUFFIX}*")):
             return candidate
     raise FileNotFoundError(
-        f"no connectivity files at {place}: looked for SCAN{SUFFIX}[.gz] there, in connectivity/ and in connectivity.tar*"
+        f"no connectivity files at {place}: looked for SCAN{SUFFIX}[.gz] there, in connectivity/ and in "
+        "connectivity.tar*"
     )
 
 
@@ -249,9 +254,10 @@ def load_graphs(
 
     Args:
         source: see :func:`find_connectivity`; files may be gzipped.
-        scan_ids: which scans; ``None`` takes those that ``scans.txt`` lists, or all there are if there is no list.
-        cache: ``.npz`` file to read instead, which is written first if it is not there or if the digest of the sources
-            in it is another. It always holds all scans.
+        scan_ids: which scans; ``None`` takes those that ``scans.txt`` lists, or all there are if there is no
+            list.
+        cache: ``.npz`` file to read instead, which is written first if it is not there or if the digest of
+            the sources in it is another. It always holds all scans.
 
     Returns:
         Scan ids to graphs, in the order asked for.

@@ -1,7 +1,7 @@
 """The Matterport3D Simulator without pictures, for whole batches: poses in, navigable viewpoints out.
 
-Every result is a snapshot: arrays of the moment that no later action changes. A call either moves the whole batch or raises
-and changes nothing. Angles are radians; see ``vln.geometry`` for views.
+Every result is a snapshot: arrays of the moment that no later action changes. A call either moves the whole
+batch or raises and changes nothing. Angles are radians; see ``vln.geometry`` for views.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _FLOAT64, _INT64, _UINT64 = np.dtype(np.float64), np.dtype(np.int64), np.dtype(n
 class State(NamedTuple):
     """A batch at one moment; ``world.viewpoint_ids[number]`` and ``world.scan_ids[number]`` name a viewpoint.
 
-    Fields are strided views of one block that belongs to this state alone; ``torch.from_numpy`` takes them as they are.
+    Fields are strided views of one block that belongs to this state alone; ``torch.from_numpy`` takes them as
+    they are.
     """
 
     step: int
@@ -38,10 +39,11 @@ class State(NamedTuple):
     """float64 ``[B]``."""
     elevation: np.ndarray
     """float64 ``[B]``."""
-    count: np.ndarray
+    num_navigable: np.ndarray
     """int32 ``[B]``: length of each list of navigable locations, the own one included."""
     neighbour: np.ndarray
-    """int32 ``[B, S]``: the own viewpoint, then those in reach from the middle of the view outwards, then -1."""
+    """int32 ``[B, S]``: the own viewpoint, then those in reach from the middle of the view outwards, then
+    -1."""
     rel_heading: np.ndarray
     """float32 ``[B, S]``, positive to the right; 0 for the own viewpoint and behind the list."""
     rel_elevation: np.ndarray
@@ -65,11 +67,11 @@ class Simulator:
 
     Example:
         >>> from vln.navgraph import NavGraph
-        >>> edges = np.array([[0, 1], [1, 0]])
-        >>> house = NavGraph("house", ("hall", "bath"), np.array([[0, 0, 0], [0, 3.0, 0]]), np.ones(2, bool), edges)
+        >>> edges, positions = np.array([[0, 1], [1, 0]]), np.array([[0, 0, 0], [0, 3.0, 0]])
+        >>> house = NavGraph("house", ("hall", "bath"), positions, np.ones(2, bool), edges)
         >>> simulator = Simulator(World([house]))
         >>> state = simulator.new_episodes(["house"], ["hall"], [0.0])
-        >>> state.neighbour[0, : state.count[0]].tolist()
+        >>> state.neighbour[0, : state.num_navigable[0]].tolist()
         [0, 1]
         >>> simulator.step([1], [0.0], [0.0]).viewpoint.tolist()
         [1]
@@ -120,14 +122,15 @@ class Simulator:
             elevations: ``[B]``, level when left out. Snapped, or else kept within the camera's limits.
 
         Raises:
-            ValueError: another number of rows, an unknown scan, an unknown or excluded viewpoint, or an angle that is
-                not finite. The batch stays as it was.
+            ValueError: another number of rows, an unknown scan, an unknown or excluded viewpoint, or an angle
+                that is not finite. The batch stays as it was.
         """
         if isinstance(scan_ids, str) or isinstance(viewpoint_ids, str):
             raise ValueError("scan_ids and viewpoint_ids are lists with one id for each row, not texts")
         if len(scan_ids) != self.batch_size or len(viewpoint_ids) != self.batch_size:
             raise ValueError(
-                f"{len(scan_ids)} scan ids and {len(viewpoint_ids)} viewpoint ids for a batch of {self.batch_size}"
+                f"{len(scan_ids)} scan ids and {len(viewpoint_ids)} viewpoint ids, expected "
+                f"{self.batch_size} of each: one for each row"
             )
         rows = zip(scan_ids, viewpoint_ids, strict=True)
         viewpoints = np.array([self.world.index(scan_id, viewpoint_id) for scan_id, viewpoint_id in rows])
@@ -161,7 +164,8 @@ class Simulator:
 
         Raises:
             TypeError: ``viewpoints`` are not integers.
-            ValueError: another number of rows, a number that is no included viewpoint, or an angle that is not finite.
+            ValueError: another number of rows, a number that is no included viewpoint, or an angle that is
+                not finite.
         """
         viewpoint = self._integers("viewpoints", viewpoints)
         heading = self._numbers("headings", headings)
@@ -191,8 +195,8 @@ class Simulator:
         Raises:
             RuntimeError: there are no episodes yet.
             TypeError: indices are not integers.
-            ValueError: another number of rows, an index outside a row's list, or an angle that is not finite; the text
-                names the row. The batch stays as it was.
+            ValueError: another number of rows, an index outside a row's list, or an angle that is not finite;
+                the text names the row. The batch stays as it was.
         """
         count = self._count
         if count is None:
@@ -228,18 +232,19 @@ class Simulator:
             self._require_finite("headings", heading)
             self._require_finite("elevations", elevation)
         raise ValueError(
-            f"row {row}: index {index[row]} but the list holds {self._count[row]} navigable locations, 0 being the own one"
+            f"row {row}: index {index[row]} but the list holds {self._count[row]} navigable locations, "
+            "0 being the own one"
         )
 
     def _arrive(self, code: np.ndarray, turn_base: np.ndarray, steps: int) -> State:
         """Commit to states of the table, ``36 * viewpoint + view``."""
         rows = self._records.take(code)
-        count = rows["count"]
+        count = rows["num_navigable"]
         # The next step relies on these alone: what is in the snapshot belongs to the caller.
         self._code, self._turn_base, self._count, self._steps = code, turn_base, count.astype(_UINT64), steps
         return State(
-            steps, rows["viewpoint"], rows["view"], rows["heading"], rows["elevation"], count, rows["neighbour"],
-            rows["rel_heading"], rows["rel_elevation"], rows["rel_distance"],
+            steps, rows["viewpoint"], rows["view"], rows["heading"], rows["elevation"], count,
+            rows["neighbour"], rows["rel_heading"], rows["rel_elevation"], rows["rel_distance"],
         )  # fmt: skip
 
     def _step_anywhere(self, index: np.ndarray, heading: np.ndarray, elevation: np.ndarray) -> State:
@@ -277,7 +282,7 @@ class Simulator:
             view=np.zeros(self.batch_size, dtype=np.int32),
             heading=heading,
             elevation=elevation,
-            count=1 + navigable.sum(axis=1, dtype=np.int32),
+            num_navigable=1 + navigable.sum(axis=1, dtype=np.int32),
             neighbour=listed(viewpoint, near, -1),
             rel_heading=listed(0, seen.rel_heading, 0),
             rel_elevation=listed(0, seen.rel_elevation, 0),
@@ -288,7 +293,7 @@ class Simulator:
             elevation.copy(),
             state.neighbour.copy(),
         )
-        self._count, self._steps = state.count.astype(np.uint64), steps
+        self._count, self._steps = state.num_navigable.astype(np.uint64), steps
         return state
 
     def _integers(self, name: str, values: Any) -> np.ndarray:

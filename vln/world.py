@@ -37,7 +37,7 @@ class CandidateTable(NamedTuple):
     The order is that of first sight in a sweep through views 0 to 35 (EnvDrop, Tan et al., 2019).
     """
 
-    count: np.ndarray
+    num_candidates: np.ndarray
     """int32 ``[V]``."""
     viewpoint: np.ndarray
     """int32 ``[V, C]``."""
@@ -54,9 +54,11 @@ class CandidateTable(NamedTuple):
 
 
 class FollowerTable(NamedTuple):
-    """Order of the same candidates by |heading| as seen with each heading (speaker-follower, Fried et al., 2018).
+    """Order of the same candidates by |heading| as seen with each heading (speaker-follower, Fried et al.,
+    2018).
 
-    Row ``12 * viewpoint + k`` belongs to heading ``k * 30°``, where the sweep starts, so that ties may take another view.
+    Row ``12 * viewpoint + k`` belongs to heading ``k * 30°``, where the sweep starts, so that ties may take
+    another view.
     """
 
     position: np.ndarray
@@ -68,10 +70,11 @@ class FollowerTable(NamedTuple):
 
 
 class World:
-    """Scans and the numbering of their viewpoints: a scan's viewpoints are consecutive, in the order of its file.
+    """Scans and the numbering of their viewpoints: a scan's viewpoints are consecutive, in the order of its
+    file.
 
-    Tables are built on first use, for each camera once, and shared by all simulators of the world. For the 90 scans of
-    Matterport3D the view table takes 81 MB (restricted) or 120 MB.
+    Tables are built on first use, for each camera once, and shared by all simulators of the world. For the 90
+    scans of Matterport3D the view table takes 81 MB (restricted) or 120 MB.
 
     Args:
         graphs: of the scans; a mapping's keys are not looked at.
@@ -182,7 +185,7 @@ class World:
         records["view"] = np.tile(np.arange(NUM_VIEWS), size)
         records["heading"] = np.tile(VIEW_HEADINGS, size)
         records["elevation"] = np.tile(VIEW_ELEVATIONS, size)
-        records["count"] = count
+        records["num_navigable"] = count
         records["neighbour"] = -1
         records["neighbour"][:, 0] = records["viewpoint"]
         records["neighbour"][state, place] = target[edge]
@@ -255,11 +258,12 @@ class World:
     def _first_sight(self, seen: Look, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Edges in the order in which a sweep sees them, with their best views.
 
-        The sweep begins with heading ``start`` of the lowest row and passes that row's twelve headings, then the next.
+        The sweep begins with heading ``start`` of the lowest row and passes that row's twelve headings, then
+        the next.
 
         Returns:
-            Edges by source and then by first sight; the best view of each; the right turn from the sweep's first
-            heading to it.
+            Edges by source and then by first sight; the best view of each; the right turn from the sweep's
+            first heading to it.
         """
         source, target = self._edges
         row, turn = np.divmod(np.arange(NUM_VIEWS), NUM_HEADINGS)
@@ -279,17 +283,19 @@ class World:
 
 
 def record_type(slots: int) -> np.dtype:
-    """Layout of what a simulator knows in one state; a whole number of 8 bytes."""
-    return np.dtype(
-        {
-            "names": ["heading", "elevation", "rel_elevation", "viewpoint", "view", "count", "neighbour",
-                      "rel_heading", "rel_distance"],
-            "formats": ["f8", "f8", ("f8", (slots,)), "i4", "i4", "i4", ("i4", (slots,)), ("f4", (slots,)),
-                        ("f4", (slots,))],
-            "itemsize": 8 * -(-(28 + 20 * slots) // 8),
-            "offsets": [0, 8, 16, *(16 + 8 * slots + 4 * np.array([0, 1, 2, 3, 3 + slots, 3 + 2 * slots])).tolist()],
-        }
-    )  # fmt: skip
+    """Layout of what a simulator knows in one state: wide fields first, a whole number of 8 bytes."""
+    fields = [
+        ("heading", np.float64, ()),
+        ("elevation", np.float64, ()),
+        ("rel_elevation", np.float64, (slots,)),
+        ("viewpoint", np.int32, ()),
+        ("view", np.int32, ()),
+        ("num_navigable", np.int32, ()),
+        ("neighbour", np.int32, (slots,)),
+        ("rel_heading", np.float32, (slots,)),
+        ("rel_distance", np.float32, (slots,)),
+    ]
+    return np.dtype(fields, align=True)
 
 
 def _deviation(rel_heading: np.ndarray, rel_elevation: np.ndarray) -> np.ndarray:
