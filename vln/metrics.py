@@ -12,12 +12,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from vln.data import HannaTask, NDHItem, R2RItem
+from vln.fidelity import PathTable, alignment, share
 from vln.navgraph import NavGraph
 
 PathType = Literal["planner_path", "player_path", "trusted_path"]
-
-_CHUNK = 1024
-"""Paths whose pairwise distances are held at once."""
 
 
 class R2RScores(NamedTuple):
@@ -147,17 +145,18 @@ def score_r2r(
         )
     names = [name for name, _ in rows]
     _require_all(names, paths)
-    world = _Distances(graphs, [item.scan_id for _, item in rows])
-    path = world.paths(names, [paths[name] for name in names], [item.path[0] for _, item in rows])
-    reference = world.paths(names, [item.path for _, item in rows])
+    table = PathTable(graphs, [item.scan_id for _, item in rows])
+    path = table.paths(names, [paths[name] for name in names], [item.path[0] for _, item in rows])
+    reference = table.paths(names, [item.path for _, item in rows])
     goal = reference.last
-    to_goal = world.between(path.nodes, goal[:, None])
+    to_goal = table.between(path.nodes, goal[:, None])
+    _require_reachable(names, to_goal)
     nav_error, oracle_error = to_goal[:, -1], to_goal.min(axis=1)
     success = (nav_error < success_radius).astype(float)
-    length, reference_length = world.lengths(path), world.lengths(reference)
+    length, reference_length = table.lengths(path), table.lengths(reference)
     shortest = reference_length if annotated_length else to_goal[:, 0]
     walked = path.without_repeats() if deduplicate else path
-    dtw, cls = _fidelity(world, walked, reference, length, reference_length, success_radius)
+    dtw, cls = alignment(table, walked, reference, length, reference_length, success_radius)
     ndtw = np.exp(-dtw / (success_radius * reference.lengths))
     return R2RScores(
         instruction_ids=tuple(names),
@@ -214,14 +213,15 @@ def score_ndh(
             f"{len(goalless)} items, {goalless[0]} first, have no goal: the test split has no scores here"
         )
     _require_all(names, paths)
-    world = _Distances(graphs, [item.scan_id for item in items])
-    path = world.paths(names, [paths[name] for name in names], [item.start for item in items])
-    region = world.paths(names, [item.end_panos for item in items])
-    goal = world.paths(names, [getattr(item, path_type)[-1:] for item in items]).last
-    planned = world.paths(names, [item.planner_path[-1:] for item in items]).last
-    to_region = world.between(path.nodes[:, :, None], region.nodes[:, None, :]).min(axis=2)
-    to_goal, to_plan = world.between(path.nodes, goal[:, None]), world.between(path.nodes, planned[:, None])
-    length, shortest = world.lengths(path), to_goal[:, 0]
+    table = PathTable(graphs, [item.scan_id for item in items])
+    path = table.paths(names, [paths[name] for name in names], [item.start for item in items])
+    region = table.paths(names, [item.end_panos for item in items])
+    goal = table.paths(names, [getattr(item, path_type)[-1:] for item in items]).last
+    planned = table.paths(names, [item.planner_path[-1:] for item in items]).last
+    to_region = table.between(path.nodes[:, :, None], region.nodes[:, None, :]).min(axis=2)
+    to_goal, to_plan = table.between(path.nodes, goal[:, None]), table.between(path.nodes, planned[:, None])
+    _require_reachable(names, np.stack([to_goal[:, 0], to_region[:, 0], to_plan[:, 0]], axis=1))
+    length, shortest = table.lengths(path), to_goal[:, 0]
     success = (to_goal[:, -1] < success_radius).astype(float)
     longest = np.maximum(length, shortest)
     progress = to_region[:, 0] - to_region[:, -1]
@@ -237,7 +237,7 @@ def score_ndh(
         success=success,
         oracle_success=(to_goal.min(axis=1) < success_radius).astype(float),
         oracle_path_success=(to_plan.min(axis=1) < success_radius).astype(float),
-        spl=success * _share(shortest, longest),
+        spl=success * share(shortest, longest),
         success_progress=success * progress,
     )
 
@@ -270,11 +270,12 @@ def score_hanna(
     rows = [(name, task) for task in tasks for name in task.instruction_ids]
     names = [name for name, _ in rows]
     _require_all(names, results)
-    world = _Distances(graphs, [task.scan_id for _, task in rows])
+    table = PathTable(graphs, [task.scan_id for _, task in rows])
     starts = [task.paths[0][0] for _, task in rows]
-    path = world.paths(names, [results[name].viewpoints for name in names], starts)
-    goals = world.paths(names, [[way[-1] for way in task.paths] for _, task in rows])
-    to_goals = world.between(path.nodes[:, :, None], goals.nodes[:, None, :])  # [N, T, G]
+    path = table.paths(names, [results[name].viewpoints for name in names], starts)
+    goals = table.paths(names, [[way[-1] for way in task.paths] for _, task in rows])
+    to_goals = table.between(path.nodes[:, :, None], goals.nodes[:, None, :])  # [N, T, G]
+    _require_reachable(names, to_goals[:, 0])
     errors = to_goals[:, -1]
     # The last of the goals at equal distance: the reversed list's first. Padding repeats the last goal.
     reached = errors.shape[1] - 1 - errors[:, ::-1].argmin(axis=1)
@@ -282,12 +283,12 @@ def score_hanna(
     error, optimal = errors[each, reached], to_goals[each, 0, reached]
     nearest, oracle_goal = to_goals.min(axis=1), to_goals.min(axis=1).argmin(axis=1)
     stop = to_goals[each, :, oracle_goal].argmin(axis=1)
-    oracle_error, hops = nearest.min(axis=1), world.hops(path)
+    oracle_error, hops = nearest.min(axis=1), table.hops(path)
     length = hops.sum(axis=1)
     oracle_length = np.where(np.arange(hops.shape[1]) < stop[:, None], hops, 0.0).sum(axis=1)
     success = (error <= success_radius).astype(float)
     oracle_success = (oracle_error <= success_radius).astype(float)
-    oracle_share = _share(optimal, np.maximum(optimal, oracle_length))
+    oracle_share = share(optimal, np.maximum(optimal, oracle_length))
     targets = [_targets(name, results[name], graphs[task.scan_id], success_radius) for name, task in rows]
     return HannaScores(
         instruction_ids=tuple(names),
@@ -299,7 +300,7 @@ def score_hanna(
         oracle_length=oracle_length,
         success=success,
         oracle_success=oracle_success,
-        spl=success * _share(optimal, np.maximum(optimal, length)),
+        spl=success * share(optimal, np.maximum(optimal, length)),
         oracle_spl=success * oracle_share,
         oracle_spl_mended=oracle_success * oracle_share,
         num_requests=np.array([sum(results[name].asked) for name in names], dtype=float),
@@ -330,164 +331,17 @@ def _targets(name: str, result: HannaResult, graph: NavGraph, radius: float) -> 
     return due, reached
 
 
-class _Paths(NamedTuple):
-    """Paths of different lengths, the last viewpoint repeated behind the end: that changes no distance."""
-
-    nodes: np.ndarray
-    """int64 ``[N, T]``."""
-    lengths: np.ndarray
-    """int64 ``[N]``: viewpoints of each."""
-
-    @property
-    def last(self) -> np.ndarray:
-        return self.nodes[:, -1]
-
-    def without_repeats(self) -> _Paths:
-        new = np.ones(self.nodes.shape, dtype=bool)
-        new[:, 1:] = self.nodes[:, 1:] != self.nodes[:, :-1]
-        order = np.argsort(~new, axis=1, kind="stable")
-        nodes = np.take_along_axis(self.nodes, order, axis=1)
-        lengths = new.sum(axis=1)
-        inside = np.arange(nodes.shape[1]) < lengths[:, None]
-        return _Paths(np.where(inside, nodes, self.last[:, None]), lengths)
-
-
-class _Distances:
-    """Distance tables of several scans in one flat array, and the rows of a batch that belong to them.
-
-    Args:
-        graphs: of the scans.
-        scan_ids: of the rows.
-
-    Raises:
-        ValueError: a scan has no graph.
-    """
-
-    def __init__(self, graphs: Mapping[str, NavGraph], scan_ids: Sequence[str]) -> None:
-        used = list(dict.fromkeys(scan_ids))
-        missing = [scan_id for scan_id in used if scan_id not in graphs]
-        if missing:
-            raise ValueError(
-                f"no graph of scan {', '.join(missing[:3])}: load the graphs of all scans of the items"
-            )
-        self._graphs = [graphs[scan_id] for scan_id in scan_ids]
-        tables = [graphs[scan_id].distances for scan_id in used]
-        starts = np.cumsum([0, *(table.size for table in tables)])
-        number = {scan_id: at for at, scan_id in enumerate(used)}
-        rows = np.array([number[scan_id] for scan_id in scan_ids], dtype=np.int64)
-        self._flat = np.concatenate([table.ravel() for table in tables]) if tables else np.zeros(0)
-        self._starts = starts[rows]
-        self._sizes = np.array([len(table) for table in tables], dtype=np.int64)[rows]
-
-    def paths(
-        self, names: Sequence[object], paths: Sequence[Sequence[str]], starts: Sequence[str] | None = None
-    ) -> _Paths:
-        """Viewpoint ids to numbers, for every row.
-
-        Raises:
-            ValueError: a path is empty, begins elsewhere than it should, or passes a viewpoint that is not
-                there or cannot be reached; the text names the row.
-        """
-        lengths = np.array([len(path) for path in paths], dtype=np.int64)
-        if not lengths.all():
-            raise ValueError(
-                f"{names[int(np.argmin(lengths))]}: the path is empty, expected at least its start"
-            )
-        nodes = np.zeros((len(paths), lengths.max(initial=1)), dtype=np.int64)
-        for row, (path, graph) in enumerate(zip(paths, self._graphs, strict=True)):
-            if starts is not None and path[0] != starts[row]:
-                raise ValueError(
-                    f"{names[row]}: the path begins at {path[0]}, expected the item's start {starts[row]}"
-                )
-            try:
-                numbers = [graph.index(viewpoint_id) for viewpoint_id in path]
-            except ValueError as error:
-                raise ValueError(f"{names[row]}: {error}") from error
-            nodes[row, : len(numbers)] = numbers
-            nodes[row, len(numbers) :] = numbers[-1]
-        reachable = np.isfinite(self.between(nodes, nodes[:, :1]))
-        if not reachable.all():
-            row, step = np.argwhere(~reachable)[0]
-            raise ValueError(f"{names[row]}: there is no way from {paths[row][0]} to {paths[row][step]}")
-        return _Paths(nodes, lengths)
-
-    def between(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Distances of viewpoints, float64; the first axis of both is the row."""
-        extra = (1,) * (max(source.ndim, target.ndim) - 1)
-        starts, sizes = self._starts.reshape(-1, *extra), self._sizes.reshape(-1, *extra)
-        return self._flat[starts + source * sizes + target]
-
-    def hops(self, path: _Paths) -> np.ndarray:
-        """Distance of every step, float64 ``[N, T - 1]``."""
-        return self.between(path.nodes[:, :-1], path.nodes[:, 1:])
-
-    def lengths(self, path: _Paths) -> np.ndarray:
-        """Length of every path, float64 ``[N]``."""
-        return self.hops(path).sum(axis=1)
-
-    def some(self, rows: np.ndarray) -> _Distances:
-        """The same for some of the rows."""
-        part = _Distances.__new__(_Distances)
-        part._graphs = [self._graphs[row] for row in rows]
-        part._flat, part._starts, part._sizes = self._flat, self._starts[rows], self._sizes[rows]
-        return part
-
-
-def _fidelity(
-    world: _Distances,
-    path: _Paths,
-    reference: _Paths,
-    length: np.ndarray,
-    reference_length: np.ndarray,
-    radius: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """DTW and CLS of every row, float64 ``[N]``."""
-    dtw, coverage = np.zeros(len(length)), np.zeros(len(length))
-    # Rows of about one length together: little of a chunk is padding.
-    order = np.argsort(path.lengths, kind="stable")
-    for rows in np.array_split(order, max(1, -(-len(order) // _CHUNK))):
-        wide = int(path.lengths[rows].max(initial=1))
-        distances = world.some(rows).between(path.nodes[rows, :wide, None], reference.nodes[rows, None, :])
-        dtw[rows] = _dtw(distances, path.lengths[rows], reference.lengths[rows])
-        near = np.exp(-distances.min(axis=1) / radius)
-        inside = np.arange(near.shape[1]) < reference.lengths[rows, None]
-        coverage[rows] = np.where(inside, near, 0.0).sum(axis=1) / reference.lengths[rows]
-    expected = coverage * reference_length
-    return dtw, coverage * _share(expected, expected + np.abs(expected - length))
-
-
-def _dtw(distances: np.ndarray, lengths: np.ndarray, reference_lengths: np.ndarray) -> np.ndarray:
-    """Cost of the cheapest monotone alignment of every row, float64 ``[N]``.
-
-    Args:
-        distances: ``[N, T, R]``, of every viewpoint passed to every one of the reference.
-        lengths: ``[N]``, viewpoints passed.
-        reference_lengths: ``[N]``.
-    """
-    number, steps, width = distances.shape
-    costs = np.ascontiguousarray(distances.transpose(1, 2, 0))  # [T, R, N]
-    result, each = np.zeros(number), np.arange(number)
-    before = np.full((width + 1, number), np.inf)
-    before[0] = 0.0
-    for step in range(steps):
-        now = np.full((width + 1, number), np.inf)
-        for place in range(1, width + 1):
-            cheapest = np.minimum(np.minimum(before[place], before[place - 1]), now[place - 1])
-            now[place] = costs[step, place - 1] + cheapest
-        ends = lengths == step + 1
-        result[ends] = now[reference_lengths[ends], each[ends]]
-        before = now
-    return result
-
-
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """``part / whole``, and 1 where both are 0: nothing was needed and nothing done."""
-    return np.divide(part, whole, out=np.ones_like(part), where=whole != 0)
-
-
 def _require_all(names: Sequence[Any], given: Mapping[Any, Any]) -> None:
+    if not names:
+        raise ValueError("there are no items to score")
     missing = [name for name in names if name not in given]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(names)} are missing, {missing[0]} first: every instruction needs a path"
         )
+
+
+def _require_reachable(names: Sequence[Any], distances: np.ndarray) -> None:
+    reachable = np.isfinite(distances).all(axis=1)
+    if not reachable.all():
+        raise ValueError(f"{names[int(np.argmin(reachable))]}: there is no way from its start to its goal")
