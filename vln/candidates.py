@@ -117,6 +117,16 @@ class PanoramicSimulator:
         state = self._poses.new_random_episodes(scan_ids)
         return self._arrive(state.viewpoint.astype(np.int64), state.view.astype(np.int64), 0)
 
+    def place(self, viewpoints: Any, headings: Any, elevations: Any = None) -> Panorama:
+        """Like :meth:`new_episodes`, with the world's numbers for viewpoints; see :meth:`Simulator.place`.
+
+        Raises:
+            TypeError: as there.
+            ValueError: as there; the batch stays as it was.
+        """
+        state = self._poses.place(viewpoints, headings, elevations)
+        return self._arrive(state.viewpoint.astype(np.int64), state.view.astype(np.int64), 0)
+
     def choose(self, choices: Any) -> Panorama:
         """Take every row to the candidate it chose, facing the view that showed it; STOP stays as it is.
 
