@@ -29,12 +29,14 @@ from vln.geometry import ELEVATION_STEP, HEADING_STEP, Camera
 from vln.metrics import mean_scores, score_r2r
 from vln.navgraph import NavGraph, find_connectivity, load_graphs
 from vln.simulator import Simulator
+from vln.sources import read_documents
 from vln.world import World
 
 BATCHES = (1, 8, 64, 256)
 EPISODE_STEPS = 10
 SCORED = 10_000
 PRODUCT_SIZE = 512
+NUM_RANDOM_SCANS = 90
 
 ORIGINAL = {"random": {1: 116e3, 8: 123e3, 64: 93e3, 256: 74e3}, "panoramic": {8: 19e3, 64: 34e3}}
 """Steps a second of the original simulator on a machine of this kind: every field of the state read, and the
@@ -99,16 +101,13 @@ def record_panoramic(agent: PanoramicSimulator, episodes: int, rng: np.random.Ge
     return walks
 
 
-def measure_steps(
-    world: World, *, rounds: int, seed: int, batches: tuple[int, ...] = BATCHES
-) -> dict[str, Any]:
+def measure_steps(world: World, *, rounds: int, seed: int) -> dict[str, Any]:
     """Steps a second of both patterns at every batch size.
 
     Args:
         world: scans.
         rounds: of which the median is taken.
         seed: of places and actions.
-        batches: rows.
 
     Returns:
         ``{"product_ms", "random": {batch: {"steps_per_second", "steps_per_product", "quartiles"}},
@@ -116,7 +115,7 @@ def measure_steps(
     """
     rng = np.random.default_rng(seed)
     jobs: dict[tuple[str, int], Callable[[], float]] = {}
-    for batch in batches:
+    for batch in BATCHES:
         episodes = max(4, 256 // batch)
         simulator = Simulator(world, batch_size=batch, seed=seed)
         walks = record_random(simulator, episodes, rng)
@@ -181,14 +180,21 @@ def measure_loading(source: Path, *, rounds: int) -> dict[str, Any]:
         Seconds, by what was done.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder) / "graphs.npz"
-        graphs = load_graphs(source, cache=cache)
+        cache, files = Path(folder) / "graphs.npz", Path(folder) / "connectivity"
+        files.mkdir()
+        for name, document in read_documents(source, lambda name: name.endswith((".json", ".txt"))).items():
+            (files / name).write_bytes(document.content)
+        graphs = load_graphs(files, cache=cache)
+
+        def shortest_paths() -> None:
+            for graph in load_graphs(files, cache=cache).values():
+                graph.distances  # noqa: B018
+
         steps: dict[str, Callable[[], Any]] = {
-            "load_files_s": lambda: load_graphs(source),
-            "load_cache_s": lambda: load_graphs(source, cache=cache),
-            "shortest_paths_s": lambda: [
-                graph.distances for graph in load_graphs(source, cache=cache).values()
-            ],
+            "load_json_s": lambda: load_graphs(files),
+            "load_as_found_s": lambda: load_graphs(source),
+            "load_cache_s": lambda: load_graphs(files, cache=cache),
+            "load_cache_and_shortest_paths_s": shortest_paths,
             "view_table_s": lambda: World(graphs).views(Camera()),
             "candidate_table_s": lambda: World(graphs).candidates(Camera()),
         }
@@ -315,7 +321,7 @@ def run(data: Path | None, *, rounds: int, seed: int) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"rounds": rounds, "clock": "process time", "threads": torch.get_num_threads()}
     if data is None:
-        graphs = random_graphs(90, seed=seed)
+        graphs = random_graphs(NUM_RANDOM_SCANS, seed=seed)
         items = random_items(graphs, SCORED, seed=seed)
         result["graphs"] = "random"
     else:

@@ -206,9 +206,9 @@ class ReferenceRandom:
 
     def heading(self) -> float:
         """An angle below 2 pi, from two draws."""
-        span = self.modulus - 1
+        span = float(self.modulus - 1)  # all in doubles: exact integers would differ in the last bit
         low, high = self.draw(), self.draw()
-        return (low + high * span) / span**2 * 2 * math.pi
+        return (low + high * span) / (span * span) * (2 * math.pi)
 
 
 def _check_random_episodes(case: Case, places: Sequence[Path]) -> None:

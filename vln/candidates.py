@@ -168,31 +168,44 @@ class PanoramicSimulator:
         )
 
     def _arrive(self, viewpoint: np.ndarray, view: np.ndarray, steps: int) -> Panorama:
-        table, count = self._table, self._table.num_candidates[viewpoint].astype(np.int64)
-        row = viewpoint * NUM_HEADINGS + view % NUM_HEADINGS
-        fields = [field[viewpoint] for field in table[1:]]
-        if self._follower is None:
-            stop, width = count, table.viewpoint.shape[1]
-            relative = fields[3] - VIEW_HEADINGS[view][:, None]
-        else:
-            stop, width = np.zeros_like(count), table.viewpoint.shape[1]
-            order = self._follower.position[row]
-            fields = [np.take_along_axis(field, np.maximum(order, 0), axis=1) for field in fields]
-            fields[1], fields[2] = self._follower.point_id[row], self._follower.slot[row]
-            turns = np.remainder(fields[3] - VIEW_HEADINGS[view][:, None] + math.pi, 2 * math.pi) - math.pi
-            relative = turns
-        listed = np.arange(width) < count[:, None]
-        fields[3] = relative
-        paddings, stops = (-1, -1, -1, 0.0, 0.0, 0.0), (viewpoint, -1, 0, 0.0, 0.0, 0.0)
-        columns = []
-        for field, padding, at_stop in zip(fields, paddings, stops, strict=True):
-            column = np.full((self.batch_size, width + 1), padding, dtype=field.dtype)
-            shifted = column[:, 1:] if self._follower else column[:, :-1]
-            np.copyto(shifted, field, where=listed)
+        """Commit to viewpoints and views, int64 ``[B]`` that nobody else holds."""
+        count = self._table.num_candidates[viewpoint].astype(np.int64)
+        candidate, point_id, slot, heading, elevation, distance = (
+            field[viewpoint] for field in self._table[1:]
+        )
+        rel_heading = heading - VIEW_HEADINGS[view][:, None]
+        stop = count
+        if self._follower is not None:
+            row = viewpoint * NUM_HEADINGS + view % NUM_HEADINGS
+            order = np.maximum(self._follower.position[row], 0)
+            candidate, rel_heading, elevation, distance = (
+                np.take_along_axis(field, order, axis=1)
+                for field in (candidate, rel_heading, elevation, distance)
+            )
+            point_id, slot = self._follower.point_id[row], self._follower.slot[row]
+            rel_heading = np.remainder(rel_heading + math.pi, 2 * math.pi) - math.pi
+            stop = np.zeros_like(count)
+        listed = np.arange(candidate.shape[1]) < count[:, None]
+
+        def with_stop(values: np.ndarray, at_stop: Any, padding: float) -> np.ndarray:
+            column = np.full((self.batch_size, values.shape[1] + 1), padding, dtype=values.dtype)
+            np.copyto(column[:, 1:] if self._follower else column[:, :-1], values, where=listed)
             column[self._rows, stop] = at_stop
-            columns.append(column)
+            return column
+
         self._now, self._steps = (viewpoint, view), steps
         return Panorama(
-            steps, viewpoint.copy(), view.copy(), VIEW_HEADINGS[view], VIEW_ELEVATIONS[view], count + 1,
-            stop.copy(), *columns,
-        )  # fmt: skip
+            step=steps,
+            viewpoint=viewpoint.copy(),
+            view=view.copy(),
+            heading=VIEW_HEADINGS[view],
+            elevation=VIEW_ELEVATIONS[view],
+            num_choices=count + 1,
+            stop=stop.copy(),
+            candidate=with_stop(candidate, viewpoint, -1),
+            point_id=with_stop(point_id, -1, -1),
+            slot=with_stop(slot, 0, -1),
+            rel_heading=with_stop(rel_heading, 0, 0),
+            rel_elevation=with_stop(elevation, 0, 0),
+            distance=with_stop(distance, 0, 0),
+        )

@@ -37,7 +37,8 @@ class NavGraph:
     A viewpoint's index is its place in the connectivity file, excluded ones counted.
 
     Raises:
-        ValueError: arrays do not fit together, an id occurs twice, or a position is not finite.
+        ValueError: arrays do not fit together, an id occurs twice, a position is not finite, or an edge does
+            not join two viewpoints.
 
     Example:
         >>> graph = NavGraph(
@@ -69,6 +70,10 @@ class NavGraph:
                 f"edges [E, 2], got {list(self.positions.shape)}, {list(self.included.shape)} and "
                 f"{list(self.edges.shape)}"
             )
+        if len(self.edges) and not (
+            0 <= self.edges.min() and self.edges.max() < size and (self.edges[:, 0] != self.edges[:, 1]).all()
+        ):
+            raise ValueError(f"scan {self.scan_id}: edges must join two different ones of {size} viewpoints")
         if len(self._index) != size:
             twice = sorted({name for name in self.viewpoint_ids if self.viewpoint_ids.count(name) > 1})
             raise ValueError(f"scan {self.scan_id} has viewpoint {twice[0]} twice: ids must differ")

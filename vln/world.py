@@ -279,7 +279,7 @@ class World:
     def _slots(self, camera: Camera, source: np.ndarray, target: np.ndarray, view: np.ndarray) -> np.ndarray:
         lists = self.views(camera).records["neighbour"][source * NUM_VIEWS + view]
         # A neighbour's place in the list, which holds every navigable one once.
-        return (lists[:, 1:] == target[:, None]).argmax(axis=1) + 1
+        return (lists == target[:, None]).argmax(axis=1)
 
 
 def record_type(slots: int) -> np.dtype:
