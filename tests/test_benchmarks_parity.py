@@ -55,7 +55,7 @@ def test_stored_reference_is_reproduced(capsys, path):
 def test_all_shared_references_are_reproduced(capsys):
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not here")
-    code, lines, _ = run(capsys, SHARED, "--only", "fq,biggan")
+    code, lines, _ = run(capsys, SHARED, "--only", "fq,biggan,stylegan2,ugatit")
     assert code == 0, lines
     assert lines[-1].endswith(" passed, 0 failed")
 
