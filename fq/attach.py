@@ -449,6 +449,9 @@ class Handle:
         output = None if quantizer.mode == "regularize" else result.features
         if charge and self.injector is not None and loss.requires_grad:
             return self.injector(features if output is None else output, loss)
+        if output is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            # Reentrant checkpointing hands it on, and of what that returns no view may be changed in place.
+            return output.clone() if output._is_view() else output
         return output
 
     def _charge(self, name: str, generating: bool) -> int:
