@@ -105,7 +105,9 @@ class Counted:
         return self.value
 
 
-def build(case: Case = CASES["tensor"], *, warm: bool = True, **arguments: Any) -> tuple[nn.Module, fq.Handle]:
+def build(
+    case: Case = CASES["tensor"], *, warm: bool = True, **arguments: Any
+) -> tuple[nn.Module, fq.Handle]:
     """The case's model with FQ, its codebooks filled by one forward."""
     torch.manual_seed(0)
     model = case.make()
