@@ -504,8 +504,15 @@ class StyleGenerator(nn.Module):
         return self.synthesis(self.mapping(z))
 
 
-def accumulate_gradients(phase: str, G: nn.Module, D: nn.Module, real: Tensor, gain: float,
-                         gamma: float = 10.0) -> None:  # fmt: skip
+def accumulate_gradients(
+    phase: str,
+    G: nn.Module,
+    D: nn.Module,
+    real: Tensor,
+    gain: float,
+    augment: Any = None,
+    gamma=10.0,
+) -> None:
     main, regularise = phase.endswith(("main", "both")), phase.endswith(("reg", "both"))
     z, c = torch.randn(len(real), 8), torch.zeros(len(real), 0)
     if phase[0] == "G":
@@ -522,7 +529,7 @@ def accumulate_gradients(phase: str, G: nn.Module, D: nn.Module, real: Tensor, g
     if main:
         F.softplus(D(G(z, c), c)).mean().mul(gain).backward()
     leaf = real.detach().requires_grad_(regularise)
-    scores, loss, penalty = D(leaf, c), 0, 0
+    scores, loss, penalty = D(augment(leaf) if augment else leaf, c), 0, 0
     if main:
         loss = F.softplus(-scores)
     if regularise:
@@ -531,12 +538,14 @@ def accumulate_gradients(phase: str, G: nn.Module, D: nn.Module, real: Tensor, g
     (scores * 0 + loss + torch.as_tensor(penalty).view(-1, 1)).mean().mul(gain).backward()
 
 
-def run_phase(phase: str, G: nn.Module, D: nn.Module, optimizer: Any, gain: float = 1.0) -> list[nn.Module]:
+def run_phase(
+    phase: str, G: nn.Module, D: nn.Module, optimizer: Any, gain: float = 1.0, augment: Any = None
+) -> list[nn.Module]:
     model = {"G": G, "D": D}[phase[0]]
     optimizer.zero_grad(set_to_none=True)
     model.requires_grad_(True)
     for real in pictures(8).chunk(2):  # rounds of accumulation
-        accumulate_gradients(phase, G, D, real, gain)
+        accumulate_gradients(phase, G, D, real, gain, augment)
     model.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -597,6 +606,17 @@ def test_one_phase_of_both_injects_the_real_half_only_if_always():
         optimizer = torch.optim.Adam(D.parameters(), 2e-3)
         run_phase("Dboth", G, D, optimizer)
         assert scale.reads == reads
+
+
+def test_behind_an_augmentation_the_pictures_of_r1_teach_the_codes():
+    torch.manual_seed(0)
+    G, D = StyleGenerator().requires_grad_(False), StyleGAN2()
+    handle = fq.attach(D, "stylegan2", codebook_size=8, inject=True)
+    optimizer = torch.optim.Adam(D.parameters(), 2e-3)
+    for phase, moved in (("Dmain", 4), ("Dreg", 2)):
+        before = updates(handle)
+        run_phase(phase, G, D, optimizer, augment=lambda x: x.flip(3))
+        assert updates(handle) == [count + moved for count in before]
 
 
 def test_snapshots_of_styleganlike_models_load_and_stay_as_they_were():

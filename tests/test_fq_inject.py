@@ -441,7 +441,7 @@ def test_low_precision_features_get_a_gradient_computed_in_float32(dtype):
     torch.manual_seed(0)
     x = torch.randn(4, 8, 5, 5).to(dtype).requires_grad_()
     model = nn.Sequential(nn.Identity(), nn.Flatten())
-    scale = 2.0**10
+    scale = 1e5  # beyond float16
     handle = fq.attach(model, {"0": {"dim": 8}}, codebook_size=4, inject=True, loss_scale=scale)
     model(x * 1)
     quantizer = handle.quantizers["0"]
@@ -453,7 +453,7 @@ def test_low_precision_features_get_a_gradient_computed_in_float32(dtype):
     distance = x.float() - quantizer.decode(quantizer.run(x.float(), False).indices)
     expected = arriving.view_as(x) + (2 * scale * distance / x.numel()).to(dtype)
     assert x.grad.dtype == dtype
-    torch.testing.assert_close(x.grad, expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    torch.testing.assert_close(x.grad, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -477,8 +477,8 @@ def test_autocast_features_of_bfloat16_agree_with_the_explicit_loss(mode):
 @pytest.mark.parametrize("by", ["requires_grad", "context"])
 @pytest.mark.parametrize("policy", ["loss", "loss+ema", "none"])
 def test_generator_steps_inject_by_their_policy(by, policy):
-    def fake_gradient(inject: bool) -> Tensor:
-        model, handle = build(generator_step=policy, concat_parts=2, inject=inject)
+    def fake_gradient(inject: bool, parts: int) -> Tensor:
+        model, handle = build(generator_step=policy, concat_parts=parts, inject=inject)
         noise = images(1).requires_grad_()
         if by == "requires_grad":
             model.requires_grad_(False)
@@ -495,7 +495,7 @@ def test_generator_steps_inject_by_their_policy(by, policy):
     noise = images(1).requires_grad_()
     with handle.penalty():
         model(noise * 1.0).mean().backward()
-    explicit, injected = fake_gradient(False), fake_gradient(True)
+    explicit, injected = fake_gradient(False, 1), fake_gradient(True, 2)  # fakes alone are one part
     assert_close({"noise": injected}, {"noise": explicit})
     assert torch.equal(injected, noise.grad) == (policy == "none")
 
