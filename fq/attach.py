@@ -6,8 +6,6 @@ layer, so devices, checkpoints and data parallelism see it; the layer itself is 
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import warnings
 import zlib
 from contextlib import ExitStack, contextmanager
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fq import outputs
+from fq import outputs, presets
+from fq.inject import InjectOn, Injector, LossScale
 from fq.options import CodebookOptions
 from fq.quantize import Compat, FeatureQuantize, Mode, recomputing
 from fq.stats import MIXED, SiteStats, Tally
@@ -37,12 +36,15 @@ def attach(
     model: nn.Module,
     layers: str | Iterable[str] | Mapping[str, Mapping[str, Any]],
     *,
-    codebook_size: int,
-    decay: float = 0.8,
-    commitment_weight: float = 1.0,
+    codebook_size: int | None = None,
+    decay: float | None = None,
+    commitment_weight: float | None = None,
     mode: Mode = "regularize",
     concat_parts: int = 1,
     generator_step: GeneratorStep = "loss",
+    inject: bool = False,
+    inject_on: InjectOn = "always",
+    loss_scale: LossScale = 1.0,
     compat: Compat | None = None,
     options: CodebookOptions = CodebookOptions(),  # noqa: B008  (frozen)
     example_input: Any = None,
@@ -59,21 +61,36 @@ def attach(
     layer returns a fresh tensor (in place of the one tensor in its tuple, list, named tuple, dict or
     dataclass).
 
+    With ``inject`` the trainer stays as it is: each layer returns a fresh tensor of the same values, whose
+    backward pass adds the gradients that ``loss_scale * handle.loss()`` would have (:class:`Injector` says
+    which passes do not). They come in every first-order pass through the layer, in eval mode and in
+    ``torch.autograd.grad`` as well: forwards that are no training belong inside ``handle.penalty()``, and a
+    trainer whose own backward pass says ``create_graph=True`` needs ``handle.loss()``. Both kinds of
+    activation checkpointing work. A compiled graph is whole with a constant ``loss_scale``; a callable breaks
+    it at each layer (``fullgraph=True`` fails), so that each backward pass can call it.
+
     Args:
         model: a discriminator; a DDP or DataParallel wrapper is looked through.
         layers: module names: exact, the end of a name (``"conv2"`` for every ``….conv2``), a glob
-            (``"blocks.*.0"``), a list of these, or ``{name: overrides}`` with overrides of ``codebook_size,
+            (``"blocks.*.0"``), a list of these, ``{name: overrides}`` with overrides of ``codebook_size,
             decay, commitment_weight, mode, options, dim`` and ``select`` (index or key of the tensor in a
-            tuple or dict).
-        codebook_size: K of every layer.
-        decay: of the moving averages.
-        commitment_weight: factor of the loss.
+            tuple or dict); or a preset, ``"biggan"``, ``"stylegan2"`` or ``"ugatit"``, for a discriminator
+            that is built like these: the paper's layers, and what it sets for each of the next three.
+        codebook_size: K of every layer; a preset has its own.
+        decay: of the moving averages; 0.8, or the preset's.
+        commitment_weight: factor of the loss; 1, or the preset's.
         mode: ``"regularize"``, ``"replace"`` or ``"blend"``.
         concat_parts: number of equal parts, such as fake and real, that a batch holds outside generator
             steps. The loss is the sum of the parts' means, as if each had its own forward: BigGAN
             concatenates two.
         generator_step: what a generator step does: ``"loss"`` the generator pays and nothing is updated,
             ``"loss+ema"`` (the paper's released code) the codebook also follows, ``"none"`` neither.
+        inject: add the loss to the gradients on their way back instead of collecting it for
+            ``handle.loss()``, which is 0 then.
+        inject_on: ``"first_order_only"`` leaves out graphs that a backward pass with ``create_graph=True``
+            has passed before: what StyleGAN2's lazy R1 runs, whose gain would not hold for the loss.
+        loss_scale: of an injected loss, what the trainer multiplies its own with (AMP's scale, 1 /
+            accumulation steps): a number, or a callable read in each backward pass (``scaler.get_scale``).
         compat: as for :class:`FeatureQuantize`.
         options: as for :class:`FeatureQuantize`.
         example_input: a tensor, or tuple of arguments, for one probing forward in eval mode when the channels
@@ -83,9 +100,13 @@ def attach(
         The handle: ``loss()``, ``stats()``, ``freeze()``, ``detach()`` and the contexts.
 
     Raises:
-        ValueError: nothing matches (the five nearest names are given), a layer already carries FQ, its
-            channels cannot be told, or a setting is out of range.
-        TypeError: the model is compiled: attach first, then compile.
+        ValueError: nothing matches (the five nearest names are given), the model is not built like the
+            preset's, a layer already carries FQ, its channels cannot be told, a setting is missing or out of
+            range, or ``inject_on`` or ``loss_scale`` is given without ``inject``.
+        TypeError: the model is compiled (attach first, then compile), or ``loss_scale`` is no number.
+
+    Warns:
+        RuntimeWarning: a layer lies inside another that is attached.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(1))
@@ -103,25 +124,44 @@ def attach(
         )
     if generator_step not in ("loss", "loss+ema", "none"):
         raise ValueError(f"generator_step is {generator_step!r}: choose 'loss', 'loss+ema' or 'none'")
-    sites = _resolve(root, layers)
-    channels = _channels(root, sites, example_input, options)
+    injector = Injector(loss_scale, inject_on)
+    if not inject and (inject_on, loss_scale) != ("always", 1.0):
+        raise ValueError(
+            f"inject_on={inject_on!r} and loss_scale={loss_scale!r} shape an injected loss, but inject is "
+            "False: pass inject=True, or leave them out and scale handle.loss() yourself"
+        )
+    given = {"codebook_size": codebook_size, "decay": decay, "commitment_weight": commitment_weight}
+    given = {key: value for key, value in given.items() if value is not None}
+    sites = _sites(root, layers, given)
+    probed: dict[str, Any] = {}
+    if example_input is not None:
+        with silent(root):
+            probed = outputs.probe(root, list(sites), example_input)
+    channels = outputs.channels(root, sites, probed, options)
     quantizers = {}
     for name, overrides in sites.items():
         chosen: CodebookOptions = overrides.get("options", options)
+        settings = {"decay": 0.8, "commitment_weight": 1.0} | given | overrides
+        if "codebook_size" not in settings:
+            raise ValueError(
+                f"codebook_size of layer {name!r} is missing: give the number of codes, for instance 256 "
+                f"(only the presets {', '.join(presets.NAMES)} have one of their own)"
+            )
         quantizer = _Attached(
             channels[name],
-            overrides.get("codebook_size", codebook_size),
-            decay=overrides.get("decay", decay),
-            commitment_weight=overrides.get("commitment_weight", commitment_weight),
+            settings["codebook_size"],
+            decay=settings["decay"],
+            commitment_weight=settings["commitment_weight"],
             mode=overrides.get("mode", mode),
             compat=compat,
             # Every site draws from a stream of its own that depends on its name alone.
             options=replace(chosen, seed=zlib.crc32(name.encode()) ^ chosen.seed),
         )
-        like = _tensor_beside(root, name)
+        like = outputs.tensor_beside(root, name)
         quantizers[name] = quantizer.to(like.device, like.dtype)
+    _warn_of_nested(root, list(sites))
     # Everything that can fail has been done: from here on the model changes.
-    handle = Handle(root, list(sites), concat_parts, generator_step)
+    handle = Handle(root, list(sites), concat_parts, generator_step, injector if inject else None)
     for name, overrides in sites.items():
         layer = root.get_submodule(name)
         layer.add_module(CHILD, quantizers[name].train(layer.training))
@@ -158,26 +198,35 @@ def handle_of(model: nn.Module) -> Handle:
 class Handle:
     """What ``attach`` returns: the losses, figures and switches of all attached layers.
 
-    ``names`` lists the layers, ``quantizers`` maps them to their :class:`FeatureQuantize`.
+    ``names`` lists the layers, ``quantizers`` maps them to their :class:`FeatureQuantize`; ``injector`` is
+    the :class:`Injector` whose ``loss_scale`` may be set anew, or None without ``inject``.
 
     Args:
         model: the model itself, not its wrapper.
         names: attached layers.
         concat_parts: as for :func:`attach`.
         generator_step: as for :func:`attach`.
+        injector: adds the losses to the gradients; None collects them for :meth:`loss`.
     """
 
     def __init__(
-        self, model: nn.Module, names: list[str], concat_parts: int, generator_step: GeneratorStep
+        self,
+        model: nn.Module,
+        names: list[str],
+        concat_parts: int,
+        generator_step: GeneratorStep,
+        injector: Injector | None = None,
     ) -> None:
-        self.model, self.names = model, names
+        self.model, self.names, self.injector = model, names, injector
         self.concat_parts, self.generator_policy = concat_parts, generator_step
         self._losses: list[Tensor] = []
         self._without_graph: set[str] = set()  # layers whose latest loss was made with gradients off
         self._tallies: dict[str, Tally] = {}
         self._parts: tuple[str, ...] = (MIXED,)
         self._labels: Tensor | None = None
-        self._labels_then: dict[str, Tensor] = {}  # of each layer's latest pass, for its re-computation
+        # Of each layer's latest pass, for its re-computation:
+        self._labels_then: dict[str, Tensor] = {}
+        self._charges_then: dict[str, int] = {}
         self._in_generator_step = self._in_penalty = False
         self._leaf_input = False  # of the root forward that is running
         self._unreached = set(names)  # layers that no forward has come to yet
@@ -192,18 +241,12 @@ class Handle:
 
         Returns:
             A float32 scalar (float64 for a float64 model), also under autocast; 0 when there were no
-            forwards.
+            forwards, and always under ``inject``, where the gradients have the losses already and
+            :meth:`stats` tells their values.
         """
         losses, self._losses = self._losses, []
-        self._unreached -= self._tallies.keys()
-        if losses and self._unreached:
-            unreached, self._unreached = sorted(self._unreached), set()
-            warnings.warn(
-                f"the model's forward never came to the attached layers {', '.join(unreached)}: attach to "
-                "layers that it runs (fq.suggest(model, example_input) lists them)",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
         if losses:
+            self._warn_of_unreached()
             return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
         quantizers = self.quantizers
         return next(iter(quantizers.values())).codebook.new_zeros(()) if quantizers else torch.zeros(())
@@ -214,12 +257,24 @@ class Handle:
         Returns:
             ``{layer: SiteStats}``, for all layers; draw them with ``fq.stats.draw``.
         """
+        if self._tallies and self.injector is not None:  # nobody asks for the loss
+            self._warn_of_unreached()
         tallies, self._tallies = self._tallies, {}
         self._unreached -= tallies.keys()
         return {
             name: tallies.get(name, Tally(layer.num_codes)).report(layer.ema_count)
             for name, layer in self.quantizers.items()
         }
+
+    def _warn_of_unreached(self) -> None:
+        self._unreached -= self._tallies.keys()
+        unreached, self._unreached = sorted(self._unreached), set()
+        if unreached:
+            warnings.warn(
+                f"the model's forward never came to the attached layers {', '.join(unreached)}: attach to "
+                "layers that it runs (fq.suggest(model, example_input) lists them)",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
 
     def freeze(self, frozen: bool = True) -> None:
         """Stop (or, with False, resume) all codebook updates.
@@ -371,7 +426,7 @@ class Handle:
         if not updating and not quantizer.is_ready():
             return None
         if features.numel():
-            _check_width(name, quantizer, features)
+            outputs.check_width(name, quantizer.dim, quantizer.options.channel_last, features)
         if len(features) % len(self._parts):
             parts = ", ".join(self._parts)
             raise ValueError(
@@ -380,7 +435,8 @@ class Handle:
             )
         learn = self._learn(name, quantizer, len(features), features.device) if updating else None
         result = quantizer.run(features, updating, self._labels_of(name, quantizer, len(features)), learn)
-        silent = self._in_penalty or (generating and self.generator_policy == "none")
+        charge = self._charge(name, generating) if quantizer.commitment_weight > 0 else 0
+        loss = (result.loss.mean() if result.loss.ndim else result.loss) * charge
         # A re-computed segment must build the same graph, but its loss was counted the first time.
         if recomputing():
             self._refuse_reentrant(name)
@@ -388,10 +444,25 @@ class Handle:
             if not self._in_penalty:
                 tally = self._tallies.setdefault(name, Tally(quantizer.num_codes))
                 tally.add(result.indices, result.error.detach().mean(), self._parts)
-            if not silent and quantizer.commitment_weight > 0:
-                # A generator step sees its fakes alone: one part.
-                self._keep(name, result.loss if generating else result.loss * self.concat_parts)
-        return None if quantizer.mode == "regularize" else result.features
+            if charge and self.injector is None:
+                self._keep(name, loss)
+        output = None if quantizer.mode == "regularize" else result.features
+        if charge and self.injector is not None and loss.requires_grad:
+            return self.injector(features if output is None else output, loss)
+        if output is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            # Reentrant checkpointing hands it on, and of what that returns no view may be changed in place.
+            return output.clone() if output._is_view() else output
+        return output
+
+    def _charge(self, name: str, generating: bool) -> int:
+        """How often the loss of this pass counts."""
+        if recomputing() and name in self._charges_then:  # the contexts of the first pass may be over
+            return self._charges_then[name]
+        silent = self._in_penalty or (generating and self.generator_policy == "none")
+        # A generator step sees its fakes alone: one part.
+        charge = 0 if silent else 1 if generating else self.concat_parts
+        self._charges_then[name] = charge
+        return charge
 
     def _refuse_reentrant(self, name: str) -> None:
         """Reentrant checkpointing runs the first pass without gradients: the loss kept then leads nowhere."""
@@ -561,30 +632,33 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _resolve(
-    root: nn.Module, layers: str | Iterable[str] | Mapping[str, Mapping[str, Any]]
+def _warn_of_nested(root: nn.Module, sites: list[str]) -> None:
+    carriers = [name for name, module in root.named_modules() if hasattr(module, CHILD)]
+    pairs = [(a, b) for a in sites for b in {*carriers, *sites}]
+    pairs += [(b, a) for a in sites for b in carriers]
+    nested = sorted({(inner, outer) for inner, outer in pairs if inner.startswith(f"{outer}.")})
+    if nested:
+        inside = ", ".join(f"{inner!r} inside {outer!r}" for inner, outer in nested[:5])
+        warnings.warn(
+            f"attached layers lie inside other attached layers ({inside}{', …' * (len(nested) > 5)}): each "
+            "has codes and a loss of its own, even over the same features; name one of each pair if that was "
+            "not meant",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
+
+
+def _sites(
+    root: nn.Module, layers: str | Iterable[str] | Mapping[str, Mapping[str, Any]], given: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Full names of the chosen layers, in the model's order, with their overrides."""
-    wanted: Mapping[str, Mapping[str, Any]]
-    if isinstance(layers, str):
-        wanted = {layers: {}}
-    elif hasattr(layers, "items"):
-        wanted = layers  # type: ignore[assignment]
-    else:
-        wanted = {pattern: {} for pattern in layers}
-    if not wanted:
-        raise ValueError("layers is empty: name at least one module of the model")
     names = [name for name, module in root.named_modules() if name and puts_out_features(name, module)]
-    found: dict[str, dict[str, Any]] = {}
-    for pattern, overrides in wanted.items():
+    found = presets.resolve(root, layers, names, given)
+    for name, overrides in found.items():
         unknown = set(overrides) - set(_OVERRIDES)
         if unknown:
             raise ValueError(
-                f"overrides of {pattern!r} name {sorted(unknown)}: known are {', '.join(_OVERRIDES)}"
+                f"overrides of {name!r} name {sorted(unknown)}: known are {', '.join(_OVERRIDES)}"
             )
-        for name in _matches(pattern, names):
-            found[name] = dict(overrides)
-    for name in found:
         if isinstance(root.get_submodule(name), nn.ModuleList | nn.ModuleDict):
             raise ValueError(
                 f"layer {name!r} is a {type(root.get_submodule(name)).__name__}, which has no forward of its "
@@ -595,68 +669,6 @@ def _resolve(
                 f"layer {name!r} already has an attribute {CHILD!r}: detach the FQ it carries first"
             )
     return {name: found[name] for name in names if name in found}
-
-
-def _matches(pattern: str, names: list[str]) -> list[str]:
-    if not isinstance(pattern, str):
-        raise TypeError(f"layer {pattern!r} is a {type(pattern).__name__}: give module names as strings")
-    if pattern in names:
-        return [pattern]
-    if any(sign in pattern for sign in "*?["):
-        matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    else:
-        matches = [name for name in names if name.endswith(f".{pattern}")]
-    if matches:
-        return matches
-    near = ", ".join(map(repr, difflib.get_close_matches(pattern, names, n=5, cutoff=0.0)))
-    raise ValueError(
-        f"no module matches {pattern!r}: nearest names are {near or 'none, for the model has none'}; "
-        "fq.suggest(model, example_input) lists layers worth attaching to"
-    )
-
-
-def _channels(
-    root: nn.Module, sites: Mapping[str, Mapping[str, Any]], example_input: Any, options: CodebookOptions
-) -> dict[str, int]:
-    found: dict[str, int | None] = {}
-    probed: dict[str, Any] = {}
-    if example_input is not None:
-        with silent(root):
-            probed = outputs.probe(root, list(sites), example_input)
-    for name, overrides in sites.items():
-        axis = -1 if overrides.get("options", options).channel_last else 1
-        if "dim" in overrides:
-            found[name] = overrides["dim"]
-        elif name in probed:
-            found[name] = outputs.find(probed[name], None, overrides.get("select"), name).shape[axis]
-        else:
-            found[name] = outputs.declared_channels(root, name)
-    unknown = [name for name, dim in found.items() if dim is None]
-    if unknown:
-        raise ValueError(
-            f"cannot tell how many channels {unknown[0]!r} puts out: pass example_input=… for one probing "
-            f"forward, or layers={{{unknown[0]!r}: {{'dim': …}}}}"
-        )
-    return {name: dim for name, dim in found.items() if dim is not None}
-
-
-def _check_width(name: str, quantizer: FeatureQuantize, features: Tensor) -> None:
-    axis = -1 if quantizer.options.channel_last else 1
-    if features.ndim < 2 or features.shape[axis] != quantizer.dim:
-        raise ValueError(
-            f"layer {name!r} put out features of shape {list(features.shape)}, but FQ was attached for "
-            f"{quantizer.dim} channels: attach with example_input=…, or layers={{{name!r}: {{'dim': "
-            f"{features.shape[axis]}}}}}"
-        )
-
-
-def _tensor_beside(root: nn.Module, name: str) -> Tensor:
-    """A floating tensor of the layer, or else of the model: the quantiser follows its device and dtype."""
-    for module in (root.get_submodule(name), root):
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                return tensor
-    return torch.empty(0)
 
 
 def _remove_hooks(hooks: dict[int, Any], handle: Handle, module: nn.Module) -> None:

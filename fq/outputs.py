@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fq.options import CodebookOptions
+
 
 def find(output: Any, dim: int | None, select: int | str | None, name: str) -> Tensor:
     """The tensor of features in a layer's output.
@@ -123,6 +125,83 @@ def declared_channels(root: nn.Module, name: str) -> int | None:
         before = siblings[siblings.index(child) - 1]
         return declared_channels(root, f"{parent_name}.{before}" if parent_name else before)
     return None
+
+
+def channels(
+    root: nn.Module,
+    sites: Mapping[str, Mapping[str, Any]],
+    probed: Mapping[str, Any],
+    options: CodebookOptions,
+) -> dict[str, int]:
+    """Channels of every layer to be attached to.
+
+    Args:
+        root: the model.
+        sites: overrides of each layer: ``dim`` says it, ``select`` and ``options`` say where to look.
+        probed: outputs of :func:`probe`.
+        options: of layers that have none of their own.
+
+    Returns:
+        ``{name: channels}``.
+
+    Raises:
+        ValueError: nothing tells those of a layer.
+    """
+    found: dict[str, int] = {}
+    for name, overrides in sites.items():
+        axis = -1 if overrides.get("options", options).channel_last else 1
+        dim: int | None
+        if "dim" in overrides:
+            dim = overrides["dim"]
+        elif name in probed:
+            dim = find(probed[name], None, overrides.get("select"), name).shape[axis]
+        else:
+            dim = declared_channels(root, name)
+        if dim is None:
+            raise ValueError(
+                f"cannot tell how many channels {name!r} puts out: pass example_input=… for one probing "
+                f"forward, or layers={{{name!r}: {{'dim': …}}}}"
+            )
+        found[name] = dim
+    return found
+
+
+def check_width(name: str, dim: int, channel_last: bool, features: Tensor) -> None:
+    """Refuse features of another width than FQ was attached for.
+
+    Args:
+        name: of the layer.
+        dim: channels expected.
+        channel_last: where they are.
+        features: what the layer put out.
+
+    Raises:
+        ValueError: they have another width.
+    """
+    axis = -1 if channel_last else 1
+    if features.ndim < 2 or features.shape[axis] != dim:
+        raise ValueError(
+            f"layer {name!r} put out features of shape {list(features.shape)}, but FQ was attached for "
+            f"{dim} channels: attach with example_input=…, or layers={{{name!r}: {{'dim': "
+            f"{features.shape[axis]}}}}}"
+        )
+
+
+def tensor_beside(root: nn.Module, name: str) -> Tensor:
+    """A floating tensor of a layer, or else of the model: its quantiser follows its device and dtype.
+
+    Args:
+        root: the model.
+        name: of the layer.
+
+    Returns:
+        The tensor; an empty one on the CPU for a model without any.
+    """
+    for module in (root.get_submodule(name), root):
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+    return torch.empty(0)
 
 
 def _own_channels(module: nn.Module) -> int | None:
