@@ -27,7 +27,14 @@ import torch
 from torch import Tensor
 
 from backbones import train, train_setup
-from backbones.configs import BigGANTraining, StyleGAN2Training, Training, UGATITTraining
+from backbones.configs import (
+    BigGANOptim,
+    BigGANTraining,
+    StyleGAN2Optim,
+    StyleGAN2Training,
+    Training,
+    UGATITTraining,
+)
 from backbones.presets import PRESETS
 from fq.provenance import provenance
 from fq.run import write_atomically
@@ -36,26 +43,39 @@ Mode = Literal["none", "regularize", "replace"]
 MODES: tuple[Mode, ...] = ("none", "regularize", "replace")
 
 
+BACKBONES: dict[str, Training] = {
+    "biggan": PRESETS["cifar10"][1],
+    "stylegan2": PRESETS["ffhq1024"][1],
+    "ugatit": PRESETS["selfie2anime"][1],
+}
+"""The three at the size of the paper."""
+
+
 def on_cpu(name: str) -> Training:
-    """A backbone at the width and layers of the paper, with as few pictures as a CPU can take.
+    """A backbone with the widths and layers of the paper, and as few and small pictures as a CPU can take.
 
     Args:
-        name: "biggan", "stylegan2" or "ugatit".
+        name: of ``BACKBONES``.
     """
-    if name == "biggan":
-        config = PRESETS["cifar10"][1]
-        assert isinstance(config, BigGANTraining)
+    config = BACKBONES[name]
+    if isinstance(config, BigGANTraining):
         return replace(config, optim=replace(config.optim, batch_size=8))
-    if name == "stylegan2":
-        config = PRESETS["ffhq32"][1]
-        assert isinstance(config, StyleGAN2Training)
-        return replace(config, optim=replace(config.optim, batch_size=4))
-    config = PRESETS["selfie2anime-light"][1]
-    assert isinstance(config, UGATITTraining)
-    return replace(config, model=replace(config.model, resolution=64, global_layers=6))
+    if isinstance(config, StyleGAN2Training):
+        model = replace(config.model, resolution=32)
+        return replace(config, model=model, optim=replace(config.optim, batch_size=4, accumulation=1))
+    return replace(config, model=replace(config.model, light=True, resolution=64, global_layers=6))
 
 
-BACKBONES = ("biggan", "stylegan2", "ugatit")
+def tiny(name: str) -> Training:
+    """A backbone so small that a test can train it."""
+    config = on_cpu(name)
+    if isinstance(config, BigGANTraining):
+        return replace(config, model=replace(config.model, g_channels=2, d_channels=2))
+    if isinstance(config, StyleGAN2Training):
+        return replace(
+            config, model=replace(config.model, channel_base=256, channel_max=8, w_dim=8, latent_dim=8)
+        )
+    return replace(config, model=replace(config.model, channels=2, num_blocks=1))
 
 
 def measure(config: Training, *, steps: int, modes: tuple[Mode, ...] = MODES) -> dict[str, Any]:
@@ -78,7 +98,7 @@ def measure(config: Training, *, steps: int, modes: tuple[Mode, ...] = MODES) ->
         for mode, spent in zip(modes, times, strict=True)
     }
     return {
-        "pictures_per_step": config.optim.batch_size,
+        "pictures_per_step": _pictures(config),
         "steps": steps,
         "threads": torch.get_num_threads(),
         "clock": _clock_name(),
@@ -111,6 +131,14 @@ def _prepared(config: Training, mode: Mode, folder: Path, steps: int) -> Trainin
     else:
         data = replace(config.data, data=pictures("pictures", size), num_workers=0)
     return replace(config, data=data, run=run, quantizer=quantizer)
+
+
+def _pictures(config: Training) -> int:
+    """Real pictures that a step takes from a domain."""
+    optim = config.optim
+    if isinstance(optim, BigGANOptim):
+        return optim.batch_size * optim.accumulation * optim.d_steps
+    return optim.batch_size * (optim.accumulation if isinstance(optim, StyleGAN2Optim) else 1)
 
 
 def _classes(config: Training) -> int:
@@ -182,6 +210,37 @@ class _Turns:
             raise RuntimeError("another training stopped")
 
 
+def on_gpu(name: str, *, steps: int, small: bool = False) -> dict[str, Any]:
+    """Pictures a second and memory of a whole step in bfloat16, FQ off and on.
+
+    Args:
+        name: of ``BACKBONES``.
+        steps: timed steps of each kind.
+        small: take the tiny form, for a dry run; without CUDA there are no figures of memory.
+
+    Returns:
+        What :func:`measure` returns, and ``"pictures_per_second"`` and ``"peak_mib"`` by mode.
+    """
+    config = tiny(name) if small else BACKBONES[name]
+    config = replace(config, run=replace(config.run, mixed_precision="bf16"))
+    result = measure(config, steps=steps)
+    rate = result["pictures_per_step"] / result["plain_ms"] * 1e3
+    ratios = {"none": 1.0} | result["ratio"]
+    result["pictures_per_second"] = {mode: rate / ratio for mode, ratio in ratios.items()}
+    if torch.cuda.is_available():
+        result["peak_mib"] = {mode: _gpu_peak(config, mode) for mode in MODES}
+    return result
+
+
+def _gpu_peak(config: Training, mode: Mode) -> float:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with tempfile.TemporaryDirectory() as folder:
+        _Turns([_prepared(config, mode, Path(folder), 3)]).run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def _clock() -> float:
     if not torch.cuda.is_available():
         return time.process_time()
@@ -215,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each kind")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
+    parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
     parser.add_argument("--peak", nargs=2, metavar=("BACKBONE", "MODE"), help=argparse.SUPPRESS)
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/steps.json"), help="JSON to write"
