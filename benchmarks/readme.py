@@ -180,6 +180,66 @@ def _gpu() -> list[str]:
     return lines
 
 
+TRAINED = {
+    "digits": "BigGAN on scikit-learn's digits, 16 px",
+    "cifar10": "BigGAN on CIFAR-10 pictures",
+    "tac": "TAC-GAN on CIFAR-10 pictures",
+    "faces": "StyleGAN2 on anime faces, 32 px",
+    "pets": "U-GAT-IT light between cats and dogs, 64 px",
+}
+"""Folders of results whose runs the page of the backbones shows."""
+
+
+def backbones() -> str:
+    """The page of what was trained here, and of what FQ costs in whole steps.
+
+    Returns:
+        Markdown, made from the results that are there.
+    """
+    lines = [
+        "# The backbones, trained on two CPU cores",
+        "",
+        "Narrow models and short runs, one seed each: they show that everything trains, not who is better. "
+        "A score by one network says nothing about a score by another.",
+        "",
+        "| run | score | at the first evaluation | at the end | seconds a step |",
+        "|---|---|---|---|---|",
+    ]
+    for folder, what in TRAINED.items():
+        path = RESULTS / folder / "results.json"
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for run in results["runs"]:
+            mode = "without FQ" if run["fq"] == "none" else f"FQ, {run['fq']}"
+            for key, scores in run["scores_by_step"].items():
+                if key.split("[")[0].rpartition("/")[2] == "fd":
+                    (first, before), *_, (last, after) = scores.items()
+                    lines.append(
+                        f"| [{what}]({folder}/report.md), {mode} | `{key}` | {before:.4g} (step {first}) | "
+                        f"{after:.4g} (step {last}) | {run['seconds_per_step_median']:.2f} |"
+                    )
+    steps = json.loads((RESULTS / "steps.json").read_text(encoding="utf-8"))
+    lines += [
+        "",
+        "## A whole training step, FQ off and on",
+        "",
+        "`python -m benchmarks.steps`: the loops as they train, at the widths and FQ layers of the paper and "
+        "at few pictures, step by step in turns in one process (one thread, process time, median of ratios). "
+        "Peak memory is that of a fresh process, PyTorch included. " + _machine(steps["provenance"]),
+        "",
+        "| | pictures | plain step, ms | regularize | replace | peak, MiB: plain | regularize | replace |",
+        "|---" * 8 + "|",
+    ]
+    for name, row in steps.items():
+        if name != "provenance":
+            peak = row["peak_mib"]
+            lines.append(
+                f"| {name} | {row['pictures_per_step']} | {row['plain_ms']:.0f} | "
+                f"{row['ratio']['regularize']:.3f}x | {row['ratio']['replace']:.3f}x | {peak['none']:.0f} | "
+                f"{peak['regularize']:.0f} | {peak['replace']:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def _number(value: float | None, form: str) -> str:
     return "failed" if value is None else format(value, form)
 
@@ -199,7 +259,8 @@ def write(path: Path, name: str, text: str) -> None:
 
 
 def main() -> None:
-    """Rewrite both blocks."""
+    """Rewrite both blocks and the page of the backbones."""
+    write_atomically(RESULTS / "backbones.md", backbones())
     write(ROOT / "README.md", "measured", measured())
     write(ROOT / "docs" / "quantiser.md", "measured:search", quantiser())
 

@@ -134,3 +134,7 @@ def test_the_demo_trains_three_runs_and_reports_them(tmp_path):
 def test_readme_and_docs_show_the_committed_numbers(file, name, made):
     text = (ROOT / file).read_text(encoding="utf-8")
     assert text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip() == made().strip()
+
+
+def test_the_page_of_the_backbones_is_made_from_the_committed_results():
+    assert (readme.RESULTS / "backbones.md").read_text(encoding="utf-8") == readme.backbones()
