@@ -10,16 +10,19 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fq import kernels
+from fq import kernels, kernels_search
+from fq.kernels_search import error_bound
 
 # Tokens, channels, codes: the shapes of the benchmark, and batches of 64 samples.
 SHAPES = {
@@ -31,7 +34,7 @@ SHAPES = {
     "C1": (32768, 256, 1024),
     "C2": (8192, 256, 1024),
 }
-INTERPRETED = not isinstance(kernels._search_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(kernels.search_kernel, triton.JITFunction)
 
 
 def run(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -50,7 +53,8 @@ def run(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if INTERPRETED:
             features = next(part for part in arguments[::-1] if isinstance(part, Tensor) and part.ndim == 3)
             round_like_tensor_cores(16 if features.dtype == torch.bfloat16 else 13)
-        call = getattr(kernels, case["call"])
+        kernels.error_bound = partial(scaled_bound, case.get("bound", 1.0))
+        call = certify if case["call"] == "certify" else getattr(kernels, case["call"])
         # What an update changes in place counts as its result, too.
         result = (
             (call(*arguments, **options), *arguments)
@@ -66,6 +70,40 @@ def run(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
             )
         results[name] = tuple(tensor.cpu() for tensor in result)
     return results
+
+
+def scaled_bound(factor: float, dim: int) -> tuple[float, ...]:
+    """The error bound of a certified search times a factor, for a test that the bound is needed."""
+    return tuple(factor * part for part in error_bound(dim))
+
+
+def certify(features: Tensor, codebook: Tensor, config: kernels.Config) -> tuple[Tensor, Tensor]:
+    """Indices of the first pass of a certified search, int64 [B, S], and which of them it certifies."""
+    batch, dim, space = features.shape
+    indices = torch.empty(batch, space, dtype=torch.int64, device=features.device)
+    certain = torch.empty(batch, space, dtype=torch.bool, device=features.device)
+    kernels._launch(
+        certify_kernel, (triton.cdiv(batch * space, config.tokens),),
+        features, codebook, indices, certain, batch * space, space, *features.stride(), *error_bound(dim),
+        K=len(codebook), D=dim, BN=config.tokens, BK=config.codes, BD=config.channels,
+    )  # fmt: skip
+    return indices, certain
+
+
+@triton.jit
+def certify_kernel(
+    features, codebook, indices, certain, num_tokens, space, stride_b, stride_d, stride_s, delta, eta,
+    K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The first pass of the search kernel alone, with its verdict."""
+    token = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = token < num_tokens
+    index, sure = kernels_search.certify(
+        features, codebook, kernels_search.offsets(token, space, stride_b, stride_s), inside, stride_d,
+        delta, eta, K, D, BN, BK, BD, False,
+    )  # fmt: skip
+    tl.store(indices + token, index.to(tl.int64), inside)
+    tl.store(certain + token, sure, inside)
 
 
 def on_device(value: Any) -> Any:

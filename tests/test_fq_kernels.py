@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.peers import Shape, clustered, feature_like
 from fq import CodebookOptions, FeatureQuantize
 from fq.search import code_sums
 
@@ -21,7 +22,10 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("NCHW", "channels-last", "tokens")
-TILES = (32, 32, 32, 4, 3, False)  # several tiles of each axis even in small problems
+TILES = (32, 32, 32, 4, 3, False, False)  # several tiles of each axis even in small problems
+CERTIFIED = (*TILES[:6], True)
+WIDE = (128, *CERTIFIED[1:])  # of its tokens 32 may be uncertain before all are searched exactly
+SEARCHES = {name: (dtype, TILES) for name, dtype in DTYPES.items()} | {"certified": (torch.float32, CERTIFIED)}
 
 
 def normal(seed, *shape):
@@ -56,34 +60,78 @@ def quantize_case(features, codebook, learn=None, config=TILES, per_sample=False
     return {"call": "quantize", "arguments": (features, codebook, learn), "options": options, **more}
 
 
-def nearest_case(features, codebook, config=TILES):
-    return {"call": "nearest", "arguments": (features, codebook), "options": {"config": config}}
+def nearest_case(features, codebook, config=TILES, **more):
+    return {"call": "nearest", "arguments": (features, codebook), "options": {"config": config}, **more}
 
 
 def search_cases():
     """Problems whose indices are held to the contract; N = 105, D = 24 and K = 50 divide by no tile."""
-    for (name, dtype), layout, kind in product(
-        DTYPES.items(), LAYOUTS, ("normal", "offset", "halfway", "exploded")
+    for (name, (dtype, tiles)), layout, kind in product(
+        SEARCHES.items(), LAYOUTS, ("normal", "offset", "halfway", "exploded")
     ):
         tokens, codebook = spread(kind, normal(0, 3, 35, 24), normal(1, 50, 24))
         features = laid_out(tokens.to(dtype), layout)
         per_sample = kind == "offset"
-        yield f"{kind} {layout} {name}", quantize_case(features, codebook.float(), per_sample=per_sample,
+        yield f"{kind} {layout} {name}", quantize_case(features, codebook.float(), config=tiles,
+                                                       per_sample=per_sample,
                                                        statistics=kind == "normal")  # fmt: skip
-    for name, dtype in DTYPES.items():  # whole tiles, several of each axis
+    for name, (dtype, tiles) in SEARCHES.items():  # whole tiles, several of each axis
         tokens, codebook = spread("offset", normal(2, 2, 32, 64), normal(3, 96, 64))
-        features = laid_out(tokens.to(dtype), "NCHW")
-        yield f"even {name}", quantize_case(features, codebook.float(), per_sample=True, statistics=False)
-        yield f"flattened {name}", nearest_case(features, codebook.float(), (*TILES[:5], True))
-    for batch, space, dim, size in ((1, 1, 1, 1), (1, 1, 5, 3), (2, 3, 1, 7), (1, 40, 33, 1), (40, 1, 3, 9)):
+        features, codebook = laid_out(tokens.to(dtype), "NCHW"), codebook.float()
+        yield f"even {name}", quantize_case(features, codebook, config=tiles, per_sample=True,
+                                            statistics=False)  # fmt: skip
+        yield f"flattened {name}", nearest_case(features, codebook, (*tiles[:5], True, tiles[6]))
+    for (batch, space, dim, size), tiles in product(
+        ((1, 1, 1, 1), (1, 1, 5, 3), (2, 3, 1, 7), (1, 40, 33, 1), (40, 1, 3, 9)), (None, CERTIFIED)
+    ):
         features, codebook = normal(4, batch, dim, space).float(), normal(5, size, dim).float()
-        yield f"B={batch} S={space} D={dim} K={size}", quantize_case(features, codebook, per_sample=True,
-                                                                     config=None)  # fmt: skip
+        yield f"B={batch} S={space} D={dim} K={size}{' certified' if tiles else ''}", quantize_case(
+            features, codebook, per_sample=True, config=tiles
+        )
     yield "long", quantize_case(normal(8, 1, 2, 1100).float(), normal(9, 3, 2).float(), per_sample=True,
                                 statistics=False)  # fmt: skip
     features = normal(6, 4, 24, 50).float()[::2, ::2, 1::2]
     yield "strided", quantize_case(features, normal(7, 300, 12).float(), config=None)
+    yield "strided certified", quantize_case(features, normal(7, 300, 12).float(), config=CERTIFIED)
     yield "expanded", quantize_case(features[:1].expand(3, -1, -1), normal(7, 300, 12).float())
+    for name, (features, codebook) in BOUNDED.items():
+        if not name.endswith(tuple(f" {scale:g}" for scale in UNSQUARED)):
+            yield f"{name} certified", nearest_case(features, codebook, WIDE)
+
+
+def bounded():
+    """Float32 problems that say something about the error bound of a certified search."""
+    shape = Shape(3, 24, 6, 50)
+    for name, make in (("feature-like", feature_like), ("clustered", clustered)):
+        features, state = make(shape)
+        yield name, (features.flatten(2), state.codes)
+    features, codebook = clustered(shape)[0].flatten(2), normal(12, 50, 24).float()
+    yield "exploded", (features, spread("exploded", None, codebook.clone())[1])
+    # 22 of 108 tokens hardly nearer to one code than to another: more than are gathered at once, and few.
+    first, second = codebook[:22], codebook[22:44]
+    mixed = 0.9 * codebook[normal(13, 108).argsort() % 50]
+    mixed[2:90:4] = (first + second) / 2 + 1e-5 * (first - second)
+    yield "few halfway", (laid_out(mixed.view(3, 36, 24), "NCHW"), codebook)
+    for scale in (1e-17, 1e-12, 1e12, 1e17, 1e18, *UNSQUARED):
+        scaled = codebook * torch.where(torch.arange(50) % 3 == 0, scale, 1.0)[:, None]
+        yield f"codes by {scale:g}", (features, scaled)
+        yield f"tokens by {scale:g}", (features * scale, scaled)
+    yield "against rounding", against_rounding()
+
+
+UNSQUARED = (1e-30, 1e-21, 1e25)  # squares outside float32: nothing exact, but no wrong certificate either
+
+
+def against_rounding():
+    """Tokens whose errors of rounding favour the farther of two codes by 2/3 of what the bound allows."""
+    low, high = 1 + 2**-11 - 2**-22, 1 + 2**-11 + 2**-22  # the last to be rounded down, the first up
+    near, far = torch.zeros(2, 32)
+    near[:16], far[16:] = low, high - 8 * 2**-10
+    token = torch.tensor([low, high]).repeat_interleave(16)
+    return token.expand(1, 7, 32).transpose(1, 2).contiguous(), torch.stack([far, near])
+
+
+BOUNDED = dict(bounded())
 
 
 def statistics_cases():
@@ -145,25 +193,38 @@ def ema_cases():
 def tie_cases():
     """Small integers make every score exact, so that equal distances are equal scores."""
     draw = torch.Generator().manual_seed(30)
-    for name, dtype in DTYPES.items():
+    for name, (dtype, tiles) in SEARCHES.items():
+        options = {"config": tiles, "statistics": False, "per_sample": True}
         features = torch.randint(-2, 3, (2, 3, 35), generator=draw).to(dtype)
         codebook = torch.randint(-2, 3, (100, 3), generator=draw).float()
-        yield f"integers {name}", nearest_case(features, codebook)
+        yield f"integers {name}", nearest_case(features, codebook, tiles)
         tripled = normal(31, 50, 24).float().repeat(3, 1)
-        yield f"tripled {name}", nearest_case(normal(32, 2, 24, 35).to(dtype), tripled)
+        yield f"tripled {name}", nearest_case(normal(32, 2, 24, 35).to(dtype), tripled, tiles)
         features = normal(33, 2, 24, 35).to(dtype)
-        yield f"clean {name}", quantize_case(features, tripled[:50], statistics=False, per_sample=True)
+        yield f"clean {name}", quantize_case(features, tripled[:50], **options)
         features = features.clone()
         features[0, 5, 3], features[1, :, 7] = torch.nan, torch.nan
-        yield f"with NaN {name}", quantize_case(features, tripled[:50], statistics=False, per_sample=True)
+        yield f"with NaN {name}", quantize_case(features, tripled[:50], **options)
+        broken = tripled[:50].clone()
+        broken[::7], broken[1::7, 3], broken[2::7] = torch.inf, torch.nan, -torch.inf
+        yield f"broken codes {name}", nearest_case(features.nan_to_num(0.5), broken, tiles)
         features = features.clone()
         features[0, :, 3], features[1, 4, 7], features[1, :, 8] = torch.inf, -torch.inf, -torch.inf
-        yield f"with infinity {name}", nearest_case(features, tripled[:50])
+        yield f"with infinity {name}", nearest_case(features, tripled[:50], tiles)
+
+
+def certificate_cases():
+    """First passes of certified searches, and searches that trust in too small an error bound."""
+    for name, (features, codebook) in BOUNDED.items():
+        case = nearest_case(features, codebook, WIDE)
+        yield f"certify {name}", case | {"call": "certify"}
+    for kind, factor in (("few halfway", 0.0), ("against rounding", 0.0), ("against rounding", 0.66)):
+        yield f"{kind}, {factor} of the bound", nearest_case(*BOUNDED[kind], WIDE, bound=factor)
 
 
 SEARCH, STATISTICS, TIES = dict(search_cases()), dict(statistics_cases()), dict(tie_cases())
 with torch.no_grad():
-    CASES = SEARCH | STATISTICS | TIES | dict(ema_cases())
+    CASES = SEARCH | STATISTICS | TIES | dict(certificate_cases()) | dict(ema_cases())
 RUNS = ["interpreter", "gpu"] if torch.cuda.is_available() else ["interpreter"]
 
 
@@ -248,7 +309,7 @@ def test_both_sorts_give_the_same_bits(results):
     assert torch.equal(results["masked"][3], results["masked, by library"][3])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SEARCHES)
 def test_of_equal_distances_the_lowest_index_is_returned(results, dtype):
     features, codebook = CASES[f"integers {dtype}"]["arguments"]
     exact = (rows(features).double()[:, None] - codebook.double()).square().sum(2)
@@ -256,14 +317,14 @@ def test_of_equal_distances_the_lowest_index_is_returned(results, dtype):
     assert torch.equal(results[f"integers {dtype}"][0].flatten(), lowest)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SEARCHES)
 def test_of_equal_codes_the_first_is_returned(results, dtype):
     indices = results[f"tripled {dtype}"][0]
     assert indices.max() < 50 and indices.unique().numel() > 10
     assert_nearest(indices, *CASES[f"tripled {dtype}"]["arguments"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SEARCHES)
 def test_a_token_with_nan_gets_code_zero_and_disturbs_no_other(results, dtype):
     (clean, clean_difference, clean_loss, _), (indices, difference, loss, _) = (
         results[f"{kind} {dtype}"] for kind in ("clean", "with NaN")
@@ -277,10 +338,56 @@ def test_a_token_with_nan_gets_code_zero_and_disturbs_no_other(results, dtype):
     assert loss.isnan().all() and clean_loss.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SEARCHES)
 def test_infinite_tokens_still_get_a_valid_index(results, dtype):
     indices = results[f"with infinity {dtype}"][0]
     assert indices.min() >= 0 and indices.max() < 50
+
+
+@pytest.mark.parametrize("dtype", SEARCHES)
+def test_codes_that_are_not_finite_are_never_the_nearest(results, dtype):
+    features, codebook = CASES[f"broken codes {dtype}"]["arguments"]
+    finite = codebook.isfinite().all(1).nonzero()[:, 0]
+    indices = results[f"broken codes {dtype}"][0]
+    assert torch.isin(indices, finite).all()
+    assert_nearest(torch.searchsorted(finite, indices), features, codebook[finite])
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_what_is_certified_is_the_nearest_code_beyond_doubt(results, name):
+    index, certain = (result.flatten() for result in results[f"certify {name}"])
+    features, codebook = BOUNDED[name]
+    scores = rows(features).double() @ codebook.double().t() - codebook.double().square().sum(1) / 2
+    (first, second), (nearest, _) = (top.unbind(1) for top in scores.topk(2))
+    assert torch.equal(index[certain], nearest[certain]) and (first > second)[certain].all()
+
+
+def test_most_tokens_like_features_are_certified_and_long_codes_spoil_none(results):
+    shares = {name: results[f"certify {name}"][1].double().mean().item() for name in BOUNDED}
+    assert shares["feature-like"] > 0.8 and shares["clustered"] > 0.9
+    assert shares["exploded"] > 0.8
+    assert shares["few halfway"] == 88 / 108  # the others by the 16 gathered at a time
+    assert shares["against rounding"] == 0
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "of the bound" in name])
+def test_with_less_than_the_bound_wrong_codes_would_be_certified(results, name):
+    with pytest.raises(AssertionError):
+        assert_nearest(results[name][0], *CASES[name]["arguments"])
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 8), (torch.float16, 8), (torch.float32, 16385)])
+def test_a_certified_search_is_refused_where_its_bound_does_not_hold(dtype, dim):
+    from fq import kernels
+
+    features, codebook = torch.empty(1, dim, 4, dtype=dtype, device="meta"), torch.empty(3, dim, device="meta")
+    config = kernels.Config(*CERTIFIED)
+    text = f"needs float32 features of at most 16384 channels, got {dtype} with {dim}"
+    with pytest.raises(ValueError, match=text):
+        kernels.nearest(features, codebook, config=config)
+    with pytest.raises(ValueError, match=text):
+        kernels.quantize(features, codebook, None, statistics=False, loss_scale=1.0, per_sample=False,
+                         config=config)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EMA)
@@ -332,8 +439,9 @@ class Operations(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("certified", [True, False])
 @pytest.mark.parametrize("statistics", [True, False])
-def test_a_step_is_few_launches_and_little_memory(monkeypatch, statistics):
+def test_a_step_is_few_launches_and_little_memory(monkeypatch, statistics, certified):
     from fq import kernels
 
     launches = []
@@ -347,7 +455,8 @@ def test_a_step_is_few_launches_and_little_memory(monkeypatch, statistics):
     count = torch.empty(size, device="meta")
     with Operations() as seen:
         *outputs, packed = kernels.quantize(features, codebook, None, statistics=statistics, loss_scale=1.0,
-                                            per_sample=False)  # fmt: skip
+                                            per_sample=False,
+                                            config=kernels.Config(*CERTIFIED) if certified else None)  # fmt: skip
         if statistics:
             kernels.ema_update_(codebook, count, codebook, number, number, packed, features, decay=0.8,
                                 dead_code_threshold=0.03, dead_code_grace=10)  # fmt: skip
