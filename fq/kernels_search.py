@@ -1,8 +1,9 @@
 """The search kernel, and the tiles that it may be run with.
 
-The best code of a token is found exactly, or *certified*: one TF32 product, a third of the work, comes with a
-bound of its error for each token and code, and the tokens that it cannot decide are searched exactly by the
-same program. The promise about the returned codes is the same, and so is every launch but the tiles.
+The best code of a token is found exactly, or *certified*: scores come from one TF32 product, a third of the
+work, with a bound of the error of each. Where the bounds leave one code, that is it; where they leave two,
+these are compared in float32; where they leave more, the same program searches exactly. Both ways keep the
+same promise about the returned codes.
 """
 
 # The bodies of kernels are written in Triton's language, which has no types that mypy could check.
@@ -39,7 +40,7 @@ class Config(NamedTuple):
     flatten: bool = False
     """Whether loads run ahead across blocks of codes, too; helps where there are few channels."""
     certified: bool = False
-    """Whether one TF32 product decides what its error bound allows, and the exact search the rest; float32."""
+    """Whether one TF32 product decides what the bounds of its error allow; float32 features only."""
 
 
 CONFIGS = (
@@ -54,15 +55,18 @@ CONFIGS = (
     Config(128, 128, 32, 8, 4),
     Config(128, 128, 32, 8, 3, flatten=True),
     Config(128, 128, 64, 8, 2),
+    Config(64, 64, 32, 4, 3, certified=True),
+    Config(128, 64, 32, 8, 3, certified=True),
+    Config(128, 128, 32, 8, 3, certified=True),
 )
-"""Candidates for a benchmark to sweep; :func:`nearest` and :func:`quantize` take one as ``config``."""
+"""Candidates for a benchmark to sweep; ``fq.kernels.nearest`` and ``quantize`` take one as ``config``."""
 
 
 def search_config(dim: int, codebook_size: int, tokens: int, dtype: torch.dtype) -> Config:
     """Tiles for a problem: the largest that registers hold, but enough for 132 multiprocessors.
 
-    They search exactly. A certified search should be faster where few tokens lie between codes, but neither
-    has been timed on a GPU yet: ``python -m benchmarks.gpu`` decides.
+    They search exactly. A certified search should be faster unless most tokens lie between codes, but no
+    search has been timed on a GPU yet: ``python -m benchmarks.gpu`` decides.
     """
     wide = tokens >= 16384 and dtype == torch.bfloat16
     channels = min(max(triton.next_power_of_2(dim), 16), 64 if wide else 32)
@@ -77,8 +81,8 @@ def search_config(dim: int, codebook_size: int, tokens: int, dtype: torch.dtype)
 def error_bound(dim: int) -> tuple[float, float]:
     """Factors of the error of a score from one TF32 product: ``delta * ||x|| * ||e|| + eta * ||e||²``.
 
-    The score is ``x·e - ||e||²/2``. To first order, and with sums of absolute values bounded by ``||x|| ||e||``
-    (Cauchy-Schwarz), the error is at most the sum of
+    The score is ``x·e - ||e||²/2``. To first order, and with sums of absolute values at most ``||x|| ||e||``
+    (Cauchy-Schwarz), its error is bounded by the sum of
 
     * rounding both factors to 11 bits, u = 2^-11: ``2u + u²`` of ``||x|| ||e||``;
     * the tensor core: an instruction aligns k >= 4 products and the sum so far to the largest of them,
@@ -186,22 +190,17 @@ def certify(
     K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Most promising code of BN tokens by one TF32 product, int32 [BN], and whether no other is as near.
+    """The two codes of BN tokens that one TF32 product favours, and what its error bound says for sure.
 
-    The bound of each score is made of its own code's length: a few long codes spoil no other.
+    The bound of a score is made of its own code's length, so a few long codes spoil no other. Returned are
+    two int32 [BN]; whether no other code can be as near as the first; and whether none can but the second.
     """
-    square = tl.zeros([BN], tl.float32)
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
-        mask = inside[:, None]
-        if D % BD != 0:
-            mask = mask & (d < D)[None, :]
-        x = tl.load(features + offset[:, None] + d.to(tl.int64)[None, :] * stride_d, mask, 0.0)
-        square += tl.sum(x * x, 1)
+    square = _squared_lengths(features, offset, stride_d, inside, D, BN, BD)
     width = delta * tl.sqrt(square + D * _FLOOR)
-    best = tl.full([BN], float("-inf"), tl.float32)
-    second = best
+    best = tl.full([BN], float("-inf"), tl.float32)  # of upper bounds, and the next two
+    second, third = best, best
     index = tl.zeros([BN], tl.int32)
+    rival = index
     unsound = tl.zeros([BK], tl.int32)
     for k0 in tl.range(0, K, BK, flatten=FLATTEN):
         k = k0 + tl.arange(0, BK)
@@ -223,22 +222,71 @@ def certify(
         upper = tl.maximum(upper + ((eta - 0.5) * norm)[None, :], float("-inf"))  # [BN, BK], NaN dropped
         if K % BK != 0:
             upper = tl.where((k < K)[None, :], upper, float("-inf"))
-        top, place = tl.max(upper, 1, return_indices=True, return_indices_tie_break_left=True)
-        others = tl.where(tl.arange(0, BK)[None, :] == place[:, None], float("-inf"), upper)
-        second = tl.maximum(tl.maximum(second, tl.max(others, 1)), tl.minimum(best, top))
-        index = tl.where(top > best, k0 + place, index)
-        best = tl.maximum(best, top)
-    norm_of_best = tl.zeros([BN], tl.float32)
+        best, index, second, rival, third = _merge(best, index, second, rival, third, upper, k0, BK)
+    norm = _squared_lengths(codebook, index.to(tl.int64) * D, 1, inside, D, BN, BD)
+    lower = best - 2.0 * (width * tl.sqrt(norm + D * _FLOOR) + eta * norm)
+    lower = tl.where(square < _LIMIT, lower, float("-inf"))
+    lower = tl.where(tl.sum(unsound) == 0, lower, float("-inf"))
+    # Strictly above: of codes that are equally near, none is ever taken for the only one.
+    return index, rival, lower > second, lower > third
+
+
+@triton.jit
+def _squared_lengths(
+    vectors, offset, stride_d, inside, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Sums of squares of the vectors that begin at offsets [BN]."""
+    square = tl.zeros([BN], tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         mask = inside[:, None]
         if D % BD != 0:
             mask = mask & (d < D)[None, :]
-        e = tl.load(codebook + index[:, None] * D + d[None, :], mask, 0.0)
-        norm_of_best += tl.sum(e * e, 1)
-    lower = best - 2.0 * (width * tl.sqrt(norm_of_best + D * _FLOOR) + eta * norm_of_best)
-    # Strictly above: equal distances are never certified, and the exact search gives them the lowest index.
-    return index, (lower > second) & (square < _LIMIT) & (tl.sum(unsound) == 0)
+        x = tl.load(vectors + offset[:, None] + d.to(tl.int64)[None, :] * stride_d, mask, 0.0)
+        square += tl.sum(x * x, 1)
+    return square
+
+
+@triton.jit
+def _merge(best, index, second, rival, third, upper, k0, BK: tl.constexpr):
+    """The three largest values so far [BN], and the codes of two, after a block of values [BN, BK]."""
+    column = tl.arange(0, BK)[None, :]
+    top, place = tl.max(upper, 1, return_indices=True, return_indices_tie_break_left=True)
+    upper = tl.where(column == place[:, None], float("-inf"), upper)
+    next_top, next_place = tl.max(upper, 1, return_indices=True, return_indices_tie_break_left=True)
+    upper = tl.where(column == next_place[:, None], float("-inf"), upper)
+    wins = top > best
+    # The first of the losing pair and the second of the winning pair compete for the second place.
+    loser, loser_code = tl.minimum(best, top), tl.where(wins, index, k0 + place)
+    follower, follower_code = tl.where(wins, next_top, second), tl.where(wins, k0 + next_place, rival)
+    last = tl.maximum(tl.where(wins, second, next_top), tl.minimum(loser, follower))
+    third = tl.maximum(tl.maximum(third, tl.max(upper, 1)), last)
+    rival = tl.where(follower > loser, follower_code, loser_code)
+    index = tl.where(wins, k0 + place, index)
+    return tl.maximum(best, top), index, tl.maximum(loser, follower), rival, third
+
+
+@triton.jit
+def _nearer(
+    features, codebook, offset, index, rival, paired, stride_d,
+    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Indices [BN] with the nearer of two codes, of equally near ones the lower, where tokens are paired.
+
+    The difference of the scores is summed up directly: zero for equal codes, and accurate for close ones.
+    """
+    first, last = tl.minimum(index, rival), tl.maximum(index, rival)
+    lead = tl.zeros([BN], tl.float32)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        mask = paired[:, None]
+        if D % BD != 0:
+            mask = mask & (d < D)[None, :]
+        x = tl.load(features + offset[:, None] + d.to(tl.int64)[None, :] * stride_d, mask, 0.0)
+        e = tl.load(codebook + first[:, None] * D + d[None, :], mask, 0.0)
+        f = tl.load(codebook + last[:, None] * D + d[None, :], mask, 0.0)
+        lead += tl.sum((x - 0.5 * (e + f)) * (f - e), 1)
+    return tl.where(paired, tl.where(lead > 0.0, last, first), index)
 
 
 @triton.jit
@@ -247,12 +295,13 @@ def _decide(
     K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Indices [BN] with those of the uncertain tokens searched exactly, a few gathered ones or all at a time."""
+    """Indices [BN] with uncertain tokens searched exactly, a few gathered ones at a time or all at once."""
     number = tl.sum(uncertain.to(tl.int32))
     if number > BN // 4:
         # Half the tiles both ways: with them whole, what waits for the end would not fit the registers.
         exact = _exact(
-            features, codebook, offset, uncertain, stride_d, K, D, BN, BK // 2, BD // 2 if BD > 16 else BD, False, INTERPRET
+            features, codebook, offset, uncertain, stride_d,
+            K, D, BN, BK // 2, BD // 2 if BD > 16 else BD, False, INTERPRET,
         )  # fmt: skip
         index = tl.where(uncertain, exact, index)
     else:
@@ -290,11 +339,14 @@ def search_kernel(
             features, codebook, offset, inside, stride_d, K, D, BN, BK, BD, FLATTEN, INTERPRET
         )  # fmt: skip
     else:
-        index, certain = certify(
+        index, rival, certain, paired = certify(
             features, codebook, offset, inside, stride_d, delta, eta, K, D, BN, BK, BD, FLATTEN
         )  # fmt: skip
+        index = _nearer(
+            features, codebook, offset, index, rival, inside & paired & (certain == 0), stride_d, D, BN, BD
+        )  # fmt: skip
         index = _decide(
-            features, codebook, offset, index, inside & (certain == 0), stride_d, K, D, BN, BK, BD, INTERPRET
+            features, codebook, offset, index, inside & (paired == 0), stride_d, K, D, BN, BK, BD, INTERPRET
         )  # fmt: skip
     tl.store(indices + token, index.to(tl.int64), inside)
     if difference is not None:

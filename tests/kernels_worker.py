@@ -77,33 +77,36 @@ def scaled_bound(factor: float, dim: int) -> tuple[float, ...]:
     return tuple(factor * part for part in error_bound(dim))
 
 
-def certify(features: Tensor, codebook: Tensor, config: kernels.Config) -> tuple[Tensor, Tensor]:
-    """Indices of the first pass of a certified search, int64 [B, S], and which of them it certifies."""
+def certify(features: Tensor, codebook: Tensor, config: kernels.Config) -> tuple[Tensor, ...]:
+    """The first pass of a certified search: two codes, int64 [B, S], and its verdicts, bool [B, S]."""
     batch, dim, space = features.shape
-    indices = torch.empty(batch, space, dtype=torch.int64, device=features.device)
-    certain = torch.empty(batch, space, dtype=torch.bool, device=features.device)
+    index, rival = (torch.empty(batch, space, dtype=torch.int64, device=features.device) for _ in range(2))
+    certain, paired = (torch.empty(batch, space, dtype=torch.bool, device=features.device) for _ in range(2))
     kernels._launch(
         certify_kernel, (triton.cdiv(batch * space, config.tokens),),
-        features, codebook, indices, certain, batch * space, space, *features.stride(), *error_bound(dim),
-        K=len(codebook), D=dim, BN=config.tokens, BK=config.codes, BD=config.channels,
+        features, codebook, index, rival, certain, paired, batch * space, space, *features.stride(),
+        *error_bound(dim), K=len(codebook), D=dim, BN=config.tokens, BK=config.codes, BD=config.channels,
     )  # fmt: skip
-    return indices, certain
+    return index, rival, certain, paired
 
 
 @triton.jit
 def certify_kernel(
-    features, codebook, indices, certain, num_tokens, space, stride_b, stride_d, stride_s, delta, eta,
+    features, codebook, index, rival, certain, paired,
+    num_tokens, space, stride_b, stride_d, stride_s, delta, eta,
     K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The first pass of the search kernel alone, with its verdict."""
+    """What the search kernel finds out before it compares two codes or searches exactly."""
     token = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = token < num_tokens
-    index, sure = kernels_search.certify(
-        features, codebook, kernels_search.offsets(token, space, stride_b, stride_s), inside, stride_d,
-        delta, eta, K, D, BN, BK, BD, False,
+    offset = kernels_search.offsets(token, space, stride_b, stride_s)
+    first, second, one_left, two_left = kernels_search.certify(
+        features, codebook, offset, inside, stride_d, delta, eta, K, D, BN, BK, BD, False
     )  # fmt: skip
-    tl.store(indices + token, index.to(tl.int64), inside)
-    tl.store(certain + token, sure, inside)
+    tl.store(index + token, first.to(tl.int64), inside)
+    tl.store(rival + token, second.to(tl.int64), inside)
+    tl.store(certain + token, one_left, inside)
+    tl.store(paired + token, two_left, inside)
 
 
 def on_device(value: Any) -> Any:
@@ -188,19 +191,26 @@ def compile_all() -> list[dict[str, Any]]:
         if channels_last:
             features = torch.empty(64, tokens // 64, dim, dtype=dtype, device="meta").transpose(1, 2)
         compile_step(features, torch.empty(size, dim, device="meta"), masked=channels_last)
+    tokens, dim, size = SHAPES["S2"]
+    features = torch.empty(64, dim, tokens // 64, device="meta")
+    for config in kernels.CONFIGS:
+        if config.certified:
+            current = f"S2 {config}"
+            compile_step(features, torch.empty(size, dim, device="meta"), masked=False, config=config)
     current = "one token"  # Triton takes arguments that equal 1 for constants, and compiles anew
     compile_step(torch.empty(1, 1, 1, device="meta"), torch.empty(1, 1, device="meta"), masked=True)
     return found
 
 
-def compile_step(features: Tensor, codebook: Tensor, *, masked: bool) -> None:
+def compile_step(
+    features: Tensor, codebook: Tensor, *, masked: bool, config: kernels.Config | None = None
+) -> None:
     """All launches of one training step; ``masked`` takes the rarer branches."""
     learn = torch.empty(len(features), dtype=torch.bool, device="meta") if masked else None
     decay = torch.empty((), device="meta") if masked else 0.8
     number = torch.empty((), dtype=torch.int64, device="meta")
-    packed = kernels.quantize(features, codebook, learn, statistics=True, loss_scale=0.1, per_sample=masked)[
-        3
-    ]
+    *_, packed = kernels.quantize(features, codebook, learn, statistics=True, loss_scale=0.1,
+                                  per_sample=masked, config=config)  # fmt: skip
     kernels.ema_update_(
         codebook, codebook.new_empty(len(codebook)), torch.empty_like(codebook), number, number, packed,
         features, decay=decay, dead_code_threshold=0.03, dead_code_grace=10,
