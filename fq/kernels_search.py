@@ -19,8 +19,8 @@ import triton.language as tl
 
 MOST_CERTIFIED_CHANNELS = 16384
 """Channels up to which the terms that :func:`error_bound` leaves out stay within its last percent."""
-# Squared lengths: below the limit no sum of products overflows, and what any of D channels loses by
-# underflow is far less than the bound makes of the floor, added for each channel.
+# Squared lengths: with codes below the limit no sum of products overflows, and what any of D channels loses
+# by underflow is far less than the bound makes of the floor, added for each channel.
 _LIMIT = tl.constexpr(2.0**120)
 _FLOOR = tl.constexpr(2.0**-110)
 _FEW = tl.constexpr(16)  # tokens gathered for one exact search: the fewest that a tensor core takes
@@ -217,7 +217,9 @@ def certify(
             product = tl.dot(_round_to_tf32(x), _round_to_tf32(e), product, input_precision="tf32")
             squares = tl.fma(e, e, squares)
         norm = tl.sum(squares, 0)
-        unsound += ((norm < _LIMIT) == 0).to(tl.int32)  # also true for NaN
+        unsound += ((norm < _LIMIT) == 0).to(
+            tl.int32
+        )  # also true for NaN; one leaves all to the exact search
         upper = tl.fma(width[:, None], tl.sqrt(norm + D * _FLOOR)[None, :], product)
         upper = tl.maximum(upper + ((eta - 0.5) * norm)[None, :], float("-inf"))  # [BN, BK], NaN dropped
         if K % BK != 0:
@@ -225,7 +227,7 @@ def certify(
         best, index, second, rival, third = _merge(best, index, second, rival, third, upper, k0, BK)
     norm = _squared_lengths(codebook, index.to(tl.int64) * D, 1, inside, D, BN, BD)
     lower = best - 2.0 * (width * tl.sqrt(norm + D * _FLOOR) + eta * norm)
-    lower = tl.where(square < _LIMIT, lower, float("-inf"))
+    # Tokens that are not finite or too long to be squared have no bound, or NaN, which is above nothing.
     lower = tl.where(tl.sum(unsound) == 0, lower, float("-inf"))
     # Strictly above: of codes that are equally near, none is ever taken for the only one.
     return index, rival, lower > second, lower > third

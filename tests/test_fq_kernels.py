@@ -101,7 +101,7 @@ def search_cases():
             yield f"{name} certified", nearest_case(features, codebook, WIDE)
 
 
-UNSQUARED = (1e-30, 1e-21, 1e25)  # squares outside float32: nothing exact, but no wrong certificate either
+UNSQUARED = (1e-30, 1e-22, 1e25)  # squares outside float32: nothing exact, but no wrong certificate either
 
 
 def bounded():
@@ -119,6 +119,9 @@ def bounded():
         yield f"codes by {scale:g}", (features.flatten(2), scaled)
         yield f"tokens by {scale:g}", (features.flatten(2) * scale, scaled)
     yield "against rounding", against_rounding()
+    direction = torch.full((24,), 24**-0.5)  # the nearest code is the one too long to be squared
+    codes = torch.stack([-1.83e19 * direction, 1.86e19 * direction])
+    yield "overflow by 1e+25", (1e18 * direction[None, :, None], codes)
 
 
 def mixed():
