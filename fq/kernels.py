@@ -19,40 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fq.kernels_search import (
+    CONFIGS,
+    MOST_CERTIFIED_CHANNELS,
+    Config,
+    error_bound,
+    offsets,
+    search_config,
+    search_kernel,
+)
+
+__all__ = ["CONFIGS", "Config", "ema_update_", "nearest", "quantize", "search_config"]
+
 _HISTOGRAM_BYTES = 32 << 20  # a [tiles, K] scratch above this gives way to torch.sort
 _SCAN_CELLS = 4096  # cells of that scratch that one program of the scan holds at once
 _SORTED_ROWS = 128  # tokens, sorted by code, that one program of the segmented sum adds up
-
-
-class Config(NamedTuple):
-    """Tile sizes and launch options of the search kernel."""
-
-    tokens: int
-    """Tokens of one program."""
-    codes: int
-    """Codes scored at once."""
-    channels: int
-    """Channels of one step of the matrix product."""
-    warps: int
-    stages: int
-    flatten: bool = False
-    """Whether loads run ahead across blocks of codes, too; helps where there are few channels."""
-
-
-CONFIGS = (
-    Config(32, 64, 32, 4, 3),
-    Config(32, 128, 32, 4, 3),
-    Config(64, 64, 32, 4, 3),
-    Config(64, 64, 64, 4, 3),
-    Config(64, 128, 32, 4, 3),
-    Config(64, 64, 32, 4, 3, flatten=True),
-    Config(128, 64, 32, 8, 3),
-    Config(128, 128, 32, 8, 3),
-    Config(128, 128, 32, 8, 4),
-    Config(128, 128, 32, 8, 3, flatten=True),
-    Config(128, 128, 64, 8, 2),
-)
-"""Candidates for a benchmark to sweep; :func:`nearest` and :func:`quantize` take one as ``config``."""
 
 
 def nearest(features: Tensor, codebook: Tensor, *, config: Config | None = None) -> Tensor:
@@ -68,9 +49,12 @@ def nearest(features: Tensor, codebook: Tensor, *, config: Config | None = None)
 
     Returns:
         int64 ``[B, S]``, values in ``[0, K)``.
+
+    Raises:
+        ValueError: a certified ``config`` for features that are not float32, or too wide for its bound.
     """
     batch, dim, space = features.shape
-    config = config or _search_config(dim, len(codebook), batch * space, features.dtype)
+    config = _checked(config, features) or search_config(dim, len(codebook), batch * space, features.dtype)
     indices = torch.empty(batch, space, dtype=torch.int64, device=features.device)
     _search(features, codebook, indices, config)
     return indices
@@ -104,10 +88,13 @@ def quantize(
         codebook[indices]`` in the memory layout of ``features``; float32 scalar or ``[B]``, ``loss_scale``
         times the sum of the squared differences; float32 ``[K, D + 1]``, for each code the sum of its tokens
         and, last, their number, or ``[0]`` without ``statistics``.
+
+    Raises:
+        ValueError: a certified ``config`` for features that are not float32, or too wide for its bound.
     """
     batch, dim, space = features.shape
     tokens, device = batch * space, features.device
-    config = config or _search_config(dim, len(codebook), tokens, features.dtype)
+    config = _checked(config, features) or search_config(dim, len(codebook), tokens, features.dtype)
     tiles = triton.cdiv(tokens, config.tokens)
     indices = torch.empty(batch, space, dtype=torch.int64, device=device)
     difference = torch.empty_like(features, dtype=torch.float32)
@@ -213,16 +200,15 @@ class _Sort(NamedTuple):
         return cls(ranks, histogram, below, starts, scan_codes)
 
 
-def _search_config(dim: int, codebook_size: int, tokens: int, dtype: torch.dtype) -> Config:
-    """Tiles for a problem: the largest that registers hold, but enough for 132 multiprocessors."""
-    wide = tokens >= 16384 and dtype == torch.bfloat16
-    channels = min(max(triton.next_power_of_2(dim), 16), 64 if wide else 32)
-    codes = min(max(triton.next_power_of_2(codebook_size), 32), 128)
-    if tokens <= 4096:
-        return Config(32, codes, channels, 4, 3)
-    if tokens < 16384:
-        return Config(64, codes, channels, 4, 3)
-    return Config(128, codes, channels, 8, 3)
+def _checked(config: Config | None, features: Tensor) -> Config | None:
+    """The tiles, if they can search such features."""
+    dim = features.shape[1]
+    if config and config.certified and (features.dtype != torch.float32 or dim > MOST_CERTIFIED_CHANNELS):
+        raise ValueError(
+            f"a certified search needs float32 features of at most {MOST_CERTIFIED_CHANNELS} channels, got "
+            f"{features.dtype} with {dim}: take a config without certified"
+        )
+    return config
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: object, **options: object) -> None:
@@ -245,16 +231,18 @@ def _search(
     batch, dim, space = features.shape
     tokens = batch * space
     scans = 1 if sort is None else sort.below.shape[1]
+    bounds = error_bound(dim) if config.certified else (None, None)
     _launch(
-        _search_kernel, (triton.cdiv(tokens, config.tokens),),
+        search_kernel, (triton.cdiv(tokens, config.tokens),),
         features, codebook, learn, indices, difference, squares,
         *((None, None, None) if sort is None else sort[:3]),
         tokens, space, *features.stride(), *((0, 0, 0) if difference is None else difference.stride()),
+        *bounds,
         K=len(codebook), D=dim, BN=config.tokens, BK=config.codes, BD=config.channels,
         PER_TOKEN=squares is not None and squares.numel() == tokens,
         SCANS=scans, ALL_SCANS=triton.next_power_of_2(scans),
         SCAN_CODES=1 if sort is None else sort.scan_codes, FLATTEN=config.flatten,
-        INTERPRET=not isinstance(_search_kernel, triton.JITFunction),
+        INTERPRET=not isinstance(search_kernel, triton.JITFunction),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -310,157 +298,6 @@ def _code_sums(features: Tensor, indices: Tensor, order: Tensor, starts: Tensor)
         starts, packed, borders, D=dim, ROWS=_SORTED_ROWS, COLUMNS=wide, STRETCHES=8, num_warps=2,
     )  # fmt: skip
     return packed
-
-
-@triton.jit
-def _offsets(token, space, stride_b, stride_s):
-    """Where in memory each token begins, in int64: features may hold more than 2^31 numbers."""
-    return (token // space).to(tl.int64) * stride_b + (token % space).to(tl.int64) * stride_s
-
-
-@triton.jit
-def _product(tokens, codes, INTERPRET: tl.constexpr):
-    """Tokens [BN, BD] times codes [BD, BK] to float32 accuracy on units that multiply fewer bits.
-
-    A tensor core adds with truncation, so a long sum is not left to it: the caller adds up the blocks.
-    """
-    if tokens.dtype == tl.bfloat16:
-        # Three terms of 8 bits are a whole code, and the tokens need one.
-        high = _cut_to_bfloat16(codes)
-        middle = _cut_to_bfloat16(codes - high)
-        low = codes - high - middle
-        if INTERPRET:  # which would multiply the bit patterns of bfloat16
-            tokens = tokens.to(tl.float32)
-        else:
-            high, middle, low = high.to(tl.bfloat16), middle.to(tl.bfloat16), low.to(tl.bfloat16)
-        product = tl.dot(tokens, low)
-        product = tl.dot(tokens, middle, product)
-        return tl.dot(tokens, high, product)
-    else:
-        high = _round_to_tf32(codes)
-        low = codes - high
-        if tokens.dtype == tl.float16:  # exact in tf32
-            wide = tokens.to(tl.float32)
-            product = tl.dot(wide, low, input_precision="tf32")
-            return tl.dot(wide, high, product, input_precision="tf32")
-        else:
-            # Not input_precision="tf32x3": it cuts the halves where this rounds them, and it repairs
-            # infinities, which must not win anyway, at two instructions for each product.
-            wide = _round_to_tf32(tokens)
-            product = tl.dot(tokens - wide, high, input_precision="tf32")
-            product = tl.dot(wide, low, product, input_precision="tf32")
-            return tl.dot(wide, high, product, input_precision="tf32")
-
-
-@triton.jit
-def _round_to_tf32(x):
-    """Nearest number with a mantissa of 10 bits, of which a tensor core loses nothing."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _cut_to_bfloat16(x):
-    """Leading 8 bits of the mantissa; what is cut off follows by an exact subtraction."""
-    return (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _search_kernel(
-    features, codebook, learn, indices, difference, squares, ranks, histogram, below,
-    num_tokens, space, stride_b, stride_d, stride_s, out_b, out_d, out_s,
-    K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-    PER_TOKEN: tl.constexpr, SCANS: tl.constexpr, ALL_SCANS: tl.constexpr, SCAN_CODES: tl.constexpr,
-    FLATTEN: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Best code of BN tokens, and what follows from it while the tile is at hand."""
-    tile = tl.program_id(0)
-    token = tile * BN + tl.arange(0, BN)
-    inside = token < num_tokens
-    offset = _offsets(token, space, stride_b, stride_s)
-    best = tl.full([BN], float("-inf"), tl.float32)
-    index = tl.zeros([BN], tl.int32)
-    for k0 in tl.range(0, K, BK, flatten=FLATTEN):
-        k = k0 + tl.arange(0, BK)
-        # Tokens times codes, not the reverse, whatever lies contiguous in memory: a thread then holds many
-        # scores of few tokens, and the best is found with hardly any exchange between threads.
-        product = tl.zeros([BN, BK], tl.float32)
-        norm = tl.zeros([BK], tl.float32)
-        for d0 in range(0, D, BD):
-            d = d0 + tl.arange(0, BD)
-            token_mask, code_mask = inside[:, None], (k < K)[None, :]
-            if D % BD != 0:
-                token_mask, code_mask = token_mask & (d < D)[None, :], code_mask & (d < D)[:, None]
-            x = tl.load(features + offset[:, None] + d.to(tl.int64)[None, :] * stride_d, token_mask, 0.0)
-            e = tl.load(codebook + k[None, :] * D + d[:, None], code_mask, 0.0)
-            product += _product(x, e, INTERPRET)
-            norm += tl.sum(e * e, 0)
-        # A NaN would win or lose every comparison, depending on its place; a maximum drops it.
-        score = tl.maximum(product - 0.5 * norm[None, :], float("-inf"))  # [BN, BK]
-        if K % BK != 0:
-            score = tl.where((k < K)[None, :], score, float("-inf"))
-        top, place = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
-        index = tl.where(top > best, k0 + place, index)  # strictly: of equal scores the first stays
-        best = tl.maximum(best, top)
-    tl.store(indices + token, index.to(tl.int64), inside)
-    if difference is not None:
-        _store_difference(
-            features, codebook, difference, squares, tile, token, inside, index, offset, stride_d,
-            _offsets(token, space, out_b, out_s), out_d, D, BN, BD, PER_TOKEN,
-        )  # fmt: skip
-    if histogram is not None:
-        learned = inside
-        if learn is not None:
-            learned = learned & (tl.load(learn + token // space, inside, 0) != 0)
-        _store_ranks(
-            ranks, histogram, below, tile, token, inside, learned, index,
-            K, BN, SCANS, ALL_SCANS, SCAN_CODES,
-        )  # fmt: skip
-
-
-@triton.jit
-def _store_difference(
-    features, codebook, difference, squares, tile, token, inside, index, offset, stride_d, out_offset, out_d,
-    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PER_TOKEN: tl.constexpr,
-):  # fmt: skip
-    """Tokens minus their codes, and the sum of squares of each token or of the tile."""
-    square = tl.zeros([BN], tl.float32)
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
-        mask = inside[None, :]
-        if D % BD != 0:
-            mask = mask & (d < D)[:, None]
-        column = d.to(tl.int64)[:, None]
-        x = tl.load(features + offset[None, :] + column * stride_d, mask, 0.0).to(tl.float32)
-        step = x - tl.load(codebook + index[None, :] * D + d[:, None], mask, 0.0)  # [BD, BN]
-        tl.store(difference + out_offset[None, :] + column * out_d, step, mask)
-        square += tl.sum(step * step, 0)
-    if PER_TOKEN:
-        tl.store(squares + token, square, inside)
-    else:
-        tl.store(squares + tile, tl.sum(square))
-
-
-@triton.jit
-def _store_ranks(
-    ranks, histogram, below, tile, token, inside, learned, index,
-    K: tl.constexpr, BN: tl.constexpr, SCANS: tl.constexpr, ALL_SCANS: tl.constexpr,
-    SCAN_CODES: tl.constexpr,
-):  # fmt: skip
-    """The tile's part of the counting sort: ranks, its row of the histogram, and that row summed up."""
-    code = tl.where(learned, index, -1)
-    place = tl.arange(0, BN)
-    same = code[:, None] == code[None, :]
-    rank = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), 1)
-    number = tl.sum(same.to(tl.int32), 1)
-    tl.store(ranks + token, tl.where(learned, rank, -1), inside)
-    row = histogram + tile * K
-    for k0 in range(0, K, BN):
-        tl.store(row + k0 + place, tl.zeros([BN], tl.int32), k0 + place < K)
-    tl.debug_barrier()  # the zeros of all threads, then the counts
-    tl.store(row + code, number, learned & (rank == 0))
-    scan = tl.arange(0, ALL_SCANS)
-    lower = learned[:, None] & (code[:, None] < scan[None, :] * SCAN_CODES)
-    tl.store(below + tile * SCANS + scan, tl.sum(lower.to(tl.int32), 0), scan < SCANS)
 
 
 @triton.jit
@@ -548,7 +385,7 @@ def _segment_kernel(
     start = tl.load(starts + code, inside, 0)
     end = tl.load(starts + code + 1, inside, 0)
     mask = inside[:, None] & (d < D)[None, :]
-    offset = _offsets(token, space, stride_b, stride_s)
+    offset = offsets(token, space, stride_b, stride_s)
     x = tl.load(features + offset[:, None] + d.to(tl.int64)[None, :] * stride_d, mask, 0.0).to(tl.float32)
     key = tl.where(inside, code, K)[:, None] + tl.zeros([ROWS, COLUMNS], tl.int32)
     total, _ = tl.associative_scan((x, key), 0, _add_within_code)  # [ROWS, COLUMNS]
@@ -654,7 +491,7 @@ def _ema_kernel(
         dead = new < tl.where(updates >= grace, threshold * mean, float("-inf"))
         count = tl.where(dead, mean, new)
         draw = _random_bits(k + 1, tl.load(seed), updates) % num_tokens
-        offset = _offsets(draw, space, stride_b, stride_s)
+        offset = offsets(draw, space, stride_b, stride_s)
     tl.store(ema_count + k, count, live)
     for d0 in range(0, D, COLUMNS):
         d = d0 + tl.arange(0, COLUMNS)

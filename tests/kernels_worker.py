@@ -10,16 +10,19 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fq import kernels
+from fq import kernels, kernels_search
+from fq.kernels_search import error_bound
 
 # Tokens, channels, codes: the shapes of the benchmark, and batches of 64 samples.
 SHAPES = {
@@ -31,12 +34,14 @@ SHAPES = {
     "C1": (32768, 256, 1024),
     "C2": (8192, 256, 1024),
 }
-INTERPRETED = not isinstance(kernels._search_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(kernels.search_kernel, triton.JITFunction)
 
 
 def run(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Results of all cases, in memory that starts out poisoned."""
     poison_new_memory()
+    if INTERPRETED:
+        drop_nan_in_maxima()
     np.seterr(all="ignore")  # the interpreter computes with NumPy, which warns of infinities
     results = {}
     for name, case in cases.items():
@@ -50,7 +55,8 @@ def run(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if INTERPRETED:
             features = next(part for part in arguments[::-1] if isinstance(part, Tensor) and part.ndim == 3)
             round_like_tensor_cores(16 if features.dtype == torch.bfloat16 else 13)
-        call = getattr(kernels, case["call"])
+        kernels.error_bound = partial(scaled_bound, case.get("bound", 1.0))
+        call = certify if case["call"] == "certify" else getattr(kernels, case["call"])
         # What an update changes in place counts as its result, too.
         result = (
             (call(*arguments, **options), *arguments)
@@ -66,6 +72,43 @@ def run(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
             )
         results[name] = tuple(tensor.cpu() for tensor in result)
     return results
+
+
+def scaled_bound(factor: float, dim: int) -> tuple[float, ...]:
+    """The error bound of a certified search times a factor, for a test that the bound is needed."""
+    return tuple(factor * part for part in error_bound(dim))
+
+
+def certify(features: Tensor, codebook: Tensor, config: kernels.Config) -> tuple[Tensor, ...]:
+    """The first pass of a certified search: two codes, int64 [B, S], and its verdicts, bool [B, S]."""
+    batch, dim, space = features.shape
+    index, rival = (torch.empty(batch, space, dtype=torch.int64, device=features.device) for _ in range(2))
+    certain, paired = (torch.empty(batch, space, dtype=torch.bool, device=features.device) for _ in range(2))
+    kernels._launch(
+        certify_kernel, (triton.cdiv(batch * space, config.tokens),),
+        features, codebook, index, rival, certain, paired, batch * space, space, *features.stride(),
+        *error_bound(dim), K=len(codebook), D=dim, BN=config.tokens, BK=config.codes, BD=config.channels,
+    )  # fmt: skip
+    return index, rival, certain, paired
+
+
+@triton.jit
+def certify_kernel(
+    features, codebook, index, rival, certain, paired,
+    num_tokens, space, stride_b, stride_d, stride_s, delta, eta,
+    K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What the search kernel finds out before it compares two codes or searches exactly."""
+    token = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = token < num_tokens
+    offset = kernels_search.offsets(token, space, stride_b, stride_s)
+    first, second, one_left, two_left = kernels_search.certify(
+        features, codebook, offset, inside, stride_d, delta, eta, K, D, BN, BK, BD, False
+    )  # fmt: skip
+    tl.store(index + token, first.to(tl.int64), inside)
+    tl.store(rival + token, second.to(tl.int64), inside)
+    tl.store(certain + token, one_left, inside)
+    tl.store(paired + token, two_left, inside)
 
 
 def on_device(value: Any) -> Any:
@@ -91,6 +134,13 @@ def poison_new_memory() -> None:
         return made
 
     torch.empty, torch.empty_like = poisoned(torch.empty), poisoned(torch.empty_like)
+
+
+def drop_nan_in_maxima() -> None:
+    """Let a maximum with NaN be the other number, as on a GPU; Triton 3.6 interprets it as NaN."""
+    from triton.runtime import interpreter
+
+    interpreter.InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
 
 
 def round_like_tensor_cores(bits: int) -> None:
@@ -150,19 +200,26 @@ def compile_all() -> list[dict[str, Any]]:
         if channels_last:
             features = torch.empty(64, tokens // 64, dim, dtype=dtype, device="meta").transpose(1, 2)
         compile_step(features, torch.empty(size, dim, device="meta"), masked=channels_last)
+    tokens, dim, size = SHAPES["S2"]
+    features = torch.empty(64, dim, tokens // 64, device="meta")
+    for config in kernels.CONFIGS:
+        if config.certified:
+            current = f"S2 {config}"
+            compile_step(features, torch.empty(size, dim, device="meta"), masked=False, config=config)
     current = "one token"  # Triton takes arguments that equal 1 for constants, and compiles anew
     compile_step(torch.empty(1, 1, 1, device="meta"), torch.empty(1, 1, device="meta"), masked=True)
     return found
 
 
-def compile_step(features: Tensor, codebook: Tensor, *, masked: bool) -> None:
+def compile_step(
+    features: Tensor, codebook: Tensor, *, masked: bool, config: kernels.Config | None = None
+) -> None:
     """All launches of one training step; ``masked`` takes the rarer branches."""
     learn = torch.empty(len(features), dtype=torch.bool, device="meta") if masked else None
     decay = torch.empty((), device="meta") if masked else 0.8
     number = torch.empty((), dtype=torch.int64, device="meta")
-    packed = kernels.quantize(features, codebook, learn, statistics=True, loss_scale=0.1, per_sample=masked)[
-        3
-    ]
+    *_, packed = kernels.quantize(features, codebook, learn, statistics=True, loss_scale=0.1,
+                                  per_sample=masked, config=config)  # fmt: skip
     kernels.ema_update_(
         codebook, codebook.new_empty(len(codebook)), torch.empty_like(codebook), number, number, packed,
         features, decay=decay, dead_code_threshold=0.03, dead_code_grace=10,

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_tensor import LargestTensor
 
 from benchmarks import peers, search, search_report, search_worker
 from benchmarks.peers import PEERS, Shape, State, as_tokens, clustered, exactness, feature_like, unavailable
@@ -72,18 +71,6 @@ def test_the_upstream_form_moves_its_codebook_as_the_compatible_layer_does():
     torch.testing.assert_close(form.number, layer.ema_count, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(form.total, layer.ema_sum, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(form.codes, layer.codebook, rtol=1e-5, atol=1e-5)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.largest = max([self.largest, *sizes])
-        return result
 
 
 @pytest.mark.parametrize("mode", peers.MODES)

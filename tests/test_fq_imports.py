@@ -18,6 +18,7 @@ ENTRIES = set(
     "train pretrain sample evaluate translate speaker augment generate embed picture prepare convert render"
     " tasks".split()
 )  # fmt: skip
+KERNELS = ("fq.kernels", "fq.kernels_search")
 HEAVY = {"accelerate", "torchvision", "transformers", "triton"}
 
 
@@ -49,9 +50,9 @@ def violations(source: str, module: str) -> list[str]:
     tops = {name.split(".")[0] for name in imported(source, module)}
     found = sorted((tops & set(OURS)) - allowed)
     if package == "fq" and module not in ("fq.run", "fq.provenance"):
-        found += sorted(tops & (HEAVY - {"triton"} if module == "fq.kernels" else HEAVY))
+        found += sorted(tops & (HEAVY - {"triton"} if module in KERNELS else HEAVY))
         if module == "fq.__init__":
-            lazy = ("fq.run", "fq.provenance", "fq.kernels")
+            lazy = ("fq.run", "fq.provenance", *KERNELS)
             found += [name for name in imported(source, module) if name in lazy]
     return found
 
@@ -90,6 +91,7 @@ def test_imports_point_in_the_allowed_direction(module):
         ("fq.stats", "from torchvision.utils import make_grid", ["torchvision"]),
         ("fq.stats", "importlib.import_module('transformers.models')", ["transformers"]),
         ("fq.__init__", "from fq import run", ["fq.run"]),
+        ("fq.__init__", "from fq.kernels_search import CONFIGS", ["fq.kernels_search"]),
         ("fq.__init__", "from fq.run import RunFolder", ["fq.run"]),
         ("backbones.biggan", "import fq", ["fq"]),
         ("backbones.biggan", "from fq.search import nearest", ["fq"]),
@@ -118,6 +120,7 @@ def test_a_forbidden_import_is_found_wherever_it_is_planted(module, source, foun
             "import torch, einops\nfrom fq.search import nearest\nfrom .losses import commitment",
         ),
         ("fq.kernels", "import triton"),
+        ("fq.kernels_search", "import triton"),
         ("fq.run", "from accelerate import Accelerator"),
         ("backbones.train", "import fq\nfrom fq.run import RunFolder\nfrom backbones import biggan"),
         ("vln.tasks.follow", "import fq"),
@@ -148,7 +151,7 @@ def test_import_fq_loads_nothing_heavy_that_torch_does_not():
     "module", [name for name in modules("fq", *SIBLINGS) if not name.endswith("__init__")]
 )
 def test_examples_in_docstrings_are_right(module):
-    if module == "fq.kernels":
+    if module in KERNELS:
         pytest.importorskip("triton")
     result = doctest.testmod(importlib.import_module(module), verbose=False)
     assert result.failed == 0

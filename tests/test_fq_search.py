@@ -2,9 +2,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fq.search as search_module
 from fq import CodebookOptions, FeatureQuantize, ops
@@ -200,18 +199,6 @@ def test_code_sums_equal_a_loop(seed, n, k, d):
 def test_code_sums_keep_counts_that_half_precision_would_lose():
     counts, sums = code_sums(torch.ones(5001, 2), torch.zeros(5001, dtype=torch.int64), 2)
     assert counts.tolist() == [5001.0, 0.0] and sums.tolist() == [[5001.0, 5001.0], [0.0, 0.0]]
-
-
-class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.largest = max([self.largest, *sizes])
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
