@@ -28,6 +28,7 @@ from backbones.biggan import BigGANConfig
 from backbones.presets import CIFAR10
 from benchmarks import overhead
 from benchmarks.peers import SHAPES, Ours, OursRegularize, Shape, Upstream, clustered, exactness, feature_like
+from benchmarks.steps import BACKBONES, on_gpu
 from fq.provenance import provenance
 from fq.run import write_atomically
 from fq.search import nearest, pack, search
@@ -417,6 +418,12 @@ def compiled(bench: Bench) -> dict[str, Any]:
     return result
 
 
+def training(bench: Bench) -> dict[str, Any]:
+    """Pictures a second and memory of whole training steps of each backbone in bfloat16, FQ off and on."""
+    steps_each = 8 if bench.cuda else 2
+    return {name: on_gpu(name, steps=steps_each, small=not bench.cuda) for name in BACKBONES}
+
+
 SECTIONS: dict[str, Section] = {
     "correctness": correctness,
     "compiled": compiled,
@@ -424,6 +431,7 @@ SECTIONS: dict[str, Section] = {
     "memory": memory,
     "speed": speed,
     "discriminator_step": discriminator,
+    "training": training,
     "bandwidth": bandwidth,
     "sweep": sweep,
 }
