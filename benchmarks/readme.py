@@ -207,6 +207,9 @@ def backbones() -> str:
     ]
     for folder, what in TRAINED.items():
         path = RESULTS / folder / "results.json"
+        if not path.is_file():
+            lines.append(f"| {what} | not yet trained here | | | |")
+            continue
         results = json.loads(path.read_text(encoding="utf-8"))
         for run in results["runs"]:
             mode = "without FQ" if run["fq"] == "none" else f"FQ, {run['fq']}"
