@@ -217,9 +217,8 @@ def certify(
             product = tl.dot(_round_to_tf32(x), _round_to_tf32(e), product, input_precision="tf32")
             squares = tl.fma(e, e, squares)
         norm = tl.sum(squares, 0)
-        unsound += ((norm < _LIMIT) == 0).to(
-            tl.int32
-        )  # also true for NaN; one leaves all to the exact search
+        # Also true for NaN; one such code leaves all tokens to the exact search.
+        unsound += ((norm < _LIMIT) == 0).to(tl.int32)
         upper = tl.fma(width[:, None], tl.sqrt(norm + D * _FLOOR)[None, :], product)
         upper = tl.maximum(upper + ((eta - 0.5) * norm)[None, :], float("-inf"))  # [BN, BK], NaN dropped
         if K % BK != 0:
