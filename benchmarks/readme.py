@@ -220,8 +220,13 @@ def backbones() -> str:
                         f"| [{what}]({folder}/report.md), {mode} | `{key}` | {before:.4g} (step {first}) | "
                         f"{after:.4g} (step {last}) | {run['seconds_per_step_median']:.2f} |"
                     )
-    steps = json.loads((RESULTS / "steps.json").read_text(encoding="utf-8"))
-    lines += [
+    if (RESULTS / "steps.json").is_file():
+        lines += _whole_steps(json.loads((RESULTS / "steps.json").read_text(encoding="utf-8")))
+    return "\n".join(lines) + "\n"
+
+
+def _whole_steps(steps: dict[str, Any]) -> list[str]:
+    lines = [
         "",
         "## A whole training step, FQ off and on",
         "",
@@ -240,7 +245,7 @@ def backbones() -> str:
                 f"{row['ratio']['regularize']:.3f}x | {row['ratio']['replace']:.3f}x | {peak['none']:.0f} | "
                 f"{peak['regularize']:.0f} | {peak['replace']:.0f} |"
             )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _number(value: float | None, form: str) -> str:
