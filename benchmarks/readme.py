@@ -200,7 +200,8 @@ def backbones() -> str:
         "# The backbones, trained on two CPU cores",
         "",
         "Narrow models and short runs, one seed each: they show that everything trains, not who is better. "
-        "A score by one network says nothing about a score by another.",
+        "Most runs shared the machine with others, so the seconds are no measurement of FQ. A score by one "
+        "network says nothing about a score by another.",
         "",
         "| run | score | at the first evaluation | at the end | seconds a step |",
         "|---|---|---|---|---|",
