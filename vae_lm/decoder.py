@@ -22,9 +22,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from vae_lm.cache import growing_cache
+
 INJECTIONS = ("both", "memory", "embedding")
 
 _BACK_ENDS = {None: "memory_sdpa", "sdpa": "memory_sdpa", "eager": "memory_eager"}
+
+_FEW_ROWS, _VOCABULARY_AT_ONCE = 256, 1024
 
 
 class LatentGPT2Config(GPT2Config):
@@ -101,6 +105,9 @@ class LatentGPT2(GPT2LMHeadModel):
 
     def __init__(self, config: LatentGPT2Config) -> None:
         super().__init__(config)
+        if config.activation_function == "gelu_new":  # the same function in one operation instead of eight
+            for block in self.transformer.h:
+                block.mlp.act = nn.GELU(approximate="tanh")
         if config.has_memory:
             size = config.n_layer * config.num_memory_slots * config.n_embd
             self.memory_projection = nn.Linear(config.latent_dim, size, bias=False)
@@ -200,7 +207,7 @@ class LatentGPT2(GPT2LMHeadModel):
             past_key_values: keys and values of P earlier tokens, without the slots.
             attention_mask: ``[B, P + T]``, 0 at padding; or ``[B or 1, 1, T, slots + P + T]``, taken as it is.
             position_ids: ``[B, T]``, counted from 0; by default from the mask.
-            use_cache: return ``past_key_values``; default from the configuration.
+            use_cache: return ``past_key_values``; by default as configured, and not in training.
             logits_to_keep: last positions (or a mask of positions) to give logits for; 0 for all.
             output_attentions: collect attention weights (attention "eager" only).
             output_hidden_states: collect the states of all layers.
@@ -223,17 +230,32 @@ class LatentGPT2(GPT2LMHeadModel):
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=self.config.use_cache if use_cache is None else use_cache,
+            use_cache=self.config.use_cache and not self.training if use_cache is None else use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithCrossAttentions(
-            logits=self.lm_head(output.last_hidden_state[:, kept]),
+            logits=self._logits(output.last_hidden_state[:, kept]),
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def _logits(self, states: Tensor) -> Tensor:
+        weight = self.lm_head.weight
+        plain = not torch.is_grad_enabled() and states.dtype == weight.dtype
+        few = states.shape[:-1].numel() <= _FEW_ROWS
+        if not (plain and few and states.device.type == "cpu") or torch.is_autocast_enabled("cpu"):
+            logits: Tensor = self.lm_head(states)
+            return logits
+        # A step of generation has few rows. Over the whole vocabulary at once MKL needs 1.4 times as long for them.
+        logits = states.new_empty(*states.shape[:-1], len(weight))
+        rows, flat = states.flatten(0, -2), logits.flatten(0, -2)
+        for first in range(0, len(weight), _VOCABULARY_AT_ONCE):
+            part = slice(first, first + _VOCABULARY_AT_ONCE)
+            torch.mm(rows, weight[part].t(), out=flat[:, part])
+        return logits
 
     def _check(
         self,
@@ -294,6 +316,9 @@ class LatentGPT2(GPT2LMHeadModel):
         # transformers compiles the forward for static caches and would hide the reason given there.
         if self.config.has_memory and wanted is not None and "static" in wanted:
             raise _static_cache()
+        cached = kwargs.get("use_cache", True) and getattr(settings, "use_cache", True) is not False
+        if cached and wanted is None and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = growing_cache()
         return super().generate(*args, **kwargs)
 
 
