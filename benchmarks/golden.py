@@ -7,7 +7,7 @@ the whole file was reproduced.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 
 class Tolerance(NamedTuple):
-    """Allowed difference: ``relative * |expected| + of_scale * max |expected|``."""
+    """Allowed difference: ``relative * |expected| + of_scale * max |expected| + absolute``."""
 
     relative: float
     of_scale: float
+    absolute: float = 0.0
+
+
+EXACT = Tolerance(0.0, 0.0)
 
 
 OUTPUTS = Tolerance(1e-4, 1e-5)
@@ -48,6 +52,7 @@ class Case:
         self.path, self.arrays, self.meta = path, arrays, meta
         self.comparisons: list[Comparison] = []
         self.failures: list[str] = []
+        self.left: dict[str, str] = {}
         self._tables = {f"meta.{key}" for key, value in meta.items() if "norms" in key and value}
         self._open = set(arrays) | self._tables
         self._inputs: set[str] = set()
@@ -59,6 +64,16 @@ class Case:
         self._open.discard(key)
         self._inputs.add(key)
         return torch.from_numpy(np.array(self.arrays[key]))
+
+    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Arrays that a checker found in a document, to be reproduced like those of an archive."""
+        self.arrays = {**self.arrays, **arrays}
+        self._open |= set(arrays)
+
+    def leave(self, keys: Iterable[str], reason: str) -> None:
+        """Arrays that nothing of ours can recompute yet: they are named, neither passed nor failed."""
+        self.left |= dict.fromkeys(keys, reason)
+        self._open -= set(self.left)
 
     def compare(self, key: str, value: Tensor, tolerance: Tolerance, *, by_column: bool = False) -> None:
         """Compare a recomputed array, if the file stores it; integers must be equal.
@@ -98,7 +113,7 @@ class Case:
 
     def finish(self) -> None:
         """Turn arrays that nobody used or compared into a failure, and a file without results as well."""
-        if not self.comparisons and not self.failures:
+        if not self.comparisons and not self.failures and not self.left:
             self.failures.append("the file stores no result to compare with")
         if self._open:
             names = sorted(self._open)
@@ -142,7 +157,7 @@ def _measure(
     error, size = np.abs(ours - expected), np.abs(expected)
     # The codes of one dictionary may differ by 1e5: one scale for all would let small ones be anything.
     scale = size.max(axis=0, keepdims=True) if by_column else size.max()
-    allowed = tolerance.relative * size + tolerance.of_scale * scale
+    allowed = tolerance.relative * size + tolerance.of_scale * scale + tolerance.absolute
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(error == 0, 0.0, error / allowed)
     return float(ratio.max()), float(error.max())
@@ -171,6 +186,10 @@ def read_case(path: Path) -> Case:
     # Opened here: NumPy leaves a damaged archive open when it gives up.
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in archive.files}
-    metas = [str(arrays.pop(key)) for key in ("meta", "meta_json") if key in arrays]
+    # Where "config" is text it is metadata too; elsewhere it is an array of the file.
+    texts = [
+        key for key in ("meta", "meta_json", "config") if key in arrays and arrays[key].dtype.kind == "U"
+    ]
+    metas = [str(arrays.pop(key)) for key in texts]
     meta = json.loads(metas[0]) if metas else {}
     return Case(path, arrays, meta if isinstance(meta, dict) else {"meta": meta})

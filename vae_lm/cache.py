@@ -21,7 +21,9 @@ class GrowingLayer(DynamicLayer):
     _key_room: Tensor | None = None
     _value_room: Tensor | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Add the states ``[B, heads, T, D]`` of new tokens; returns those of all tokens."""
         if torch.is_grad_enabled():
             grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)

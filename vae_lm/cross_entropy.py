@@ -143,9 +143,7 @@ class _TokenNLL(torch.autograd.Function):
         else:
             states, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
             wanted = (grad_hidden is not None, grad_weight is not None)
-            _, grad_hidden, grad_weight = _pass(
-                states, matrix, targets, scale * upstream, ctx.rows, wanted
-            )
+            _, grad_hidden, grad_weight = _pass(states, matrix, targets, scale * upstream, ctx.rows, wanted)
             factor = upstream.new_ones(())
         by_hidden = None if grad_hidden is None else (grad_hidden * factor).to(hidden.dtype)
         by_weight = None if grad_weight is None else (grad_weight * factor).to(weight.dtype)

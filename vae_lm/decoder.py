@@ -117,7 +117,9 @@ class LatentGPT2(GPT2LMHeadModel):
             self.embedding_projection = nn.Linear(config.latent_dim, config.n_embd, bias=False)
         self.post_init()
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, *args: Any, **kwargs: Any
+    ) -> str:
         """Name of the attention with memory for "sdpa" or "eager"; plain names without a memory.
 
         Raises:
@@ -337,7 +339,9 @@ def _positions(attention_mask: Tensor | None, past: int, input_ids: Tensor) -> T
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
 
 
-def _mask_with_slots(attention_mask: Tensor | None, past: int, input_ids: Tensor, slots: int) -> Tensor | None:
+def _mask_with_slots(
+    attention_mask: Tensor | None, past: int, input_ids: Tensor, slots: int
+) -> Tensor | None:
     """Who may attend to what, ``[1 or B, 1, T, slots + P + T]``; None where all may attend to all.
 
     Always spelt out: the causal flag of ``scaled_dot_product_attention`` counts keys from the first one, so

@@ -23,7 +23,9 @@ POSTERIOR_MODES: tuple[PosteriorMode, ...] = ("sample", "unit_variance", "mean")
 # ---- one posterior
 
 
-def draw(mu: Tensor, logvar: Tensor, *, mode: PosteriorMode = "sample", noise: Tensor | None = None) -> Tensor:
+def draw(
+    mu: Tensor, logvar: Tensor, *, mode: PosteriorMode = "sample", noise: Tensor | None = None
+) -> Tensor:
     """Latents of posteriors N(mu, exp(logvar)).
 
     Args:
@@ -156,7 +158,9 @@ def beta_schedule(
                dtype=torch.float64)
     """
     if num_cycles < 1 or num_steps < num_cycles:
-        raise ValueError(f"{num_cycles} cycles in {num_steps} steps: both must be positive, a step at least each")
+        raise ValueError(
+            f"{num_cycles} cycles in {num_steps} steps: both must be positive, a step at least each"
+        )
     if not (0 <= zero_share <= 1 and 0 < rise_share <= 1):
         raise ValueError(
             f"zero_share is {zero_share} and rise_share {rise_share}: shares of a cycle are in [0, 1], and the rise "
@@ -218,7 +222,9 @@ def importance_weighted(
         ValueError: a count below 1, or noise of another shape.
     """
     if num_samples < 1 or samples_at_once < 1:
-        raise ValueError(f"num_samples {num_samples} and samples_at_once {samples_at_once} must be at least 1")
+        raise ValueError(
+            f"num_samples {num_samples} and samples_at_once {samples_at_once} must be at least 1"
+        )
     batch, dim = mu.shape
     if noise is not None and noise.shape != (batch, num_samples, dim):
         raise ValueError(
@@ -397,7 +403,9 @@ class LatentStatistics(NamedTuple):
         return x @ (vectors * values.pow(power)) @ vectors.t()
 
 
-def latent_statistics(posteriors: Iterator[tuple[Tensor, Tensor]] | list[tuple[Tensor, Tensor]]) -> LatentStatistics:
+def latent_statistics(
+    posteriors: Iterator[tuple[Tensor, Tensor]] | list[tuple[Tensor, Tensor]],
+) -> LatentStatistics:
     """Moments of the aggregate posterior, from batches, so that a corpus need not be in memory.
 
     Args:
@@ -451,7 +459,9 @@ def interpolate(first: Tensor, second: Tensor, *, steps: int = 10, mode: str = "
     if steps < 1:
         raise ValueError(f"steps is {steps} but a way has at least one")
     if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(f"the ends are {list(first.shape)} and {list(second.shape)}: two latents [d] were expected")
+        raise ValueError(
+            f"the ends are {list(first.shape)} and {list(second.shape)}: two latents [d] were expected"
+        )
     t = torch.linspace(0, 1, steps + 1, dtype=first.dtype, device=first.device)[:, None]
     if mode == "linear":
         return (1 - t) * first + t * second

@@ -114,7 +114,9 @@ class Optimus(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: OptimusConfig, tokenizers: TextTokenizers | None = None) -> None:
-        if not isinstance(config.encoder, PreTrainedConfig) or not isinstance(config.decoder, LatentGPT2Config):
+        if not isinstance(config.encoder, PreTrainedConfig) or not isinstance(
+            config.decoder, LatentGPT2Config
+        ):
             raise ValueError("the configuration lacks a network: give OptimusConfig an encoder and a decoder")
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder)
@@ -176,7 +178,9 @@ class Optimus(PreTrainedModel):
                 setattr(decoder_config, f"{name}_token_id", getattr(tokenizers.decoder, f"{name}_token_id"))
         encoder_model = AutoModel.from_pretrained(str(encoder)) if isinstance(encoder, str | Path) else None
         encoder_config = encoder if encoder_model is None else encoder_model.config
-        model = cls(OptimusConfig(encoder=encoder_config, decoder=decoder_config, pooling=pooling), tokenizers)
+        model = cls(
+            OptimusConfig(encoder=encoder_config, decoder=decoder_config, pooling=pooling), tokenizers
+        )
         for part, trained in ((model.encoder, encoder_model), (model.decoder, decoder_model)):
             if trained is not None:
                 # A pooler that is not used has been dropped; everything else must be there.
@@ -193,7 +197,9 @@ class Optimus(PreTrainedModel):
             ValueError: the model has none, or those set do not fit.
         """
         if self._tokenizers is None:
-            raise ValueError("the model has no tokenisers and knows token ids only: set model.tokenizers first")
+            raise ValueError(
+                "the model has no tokenisers and knows token ids only: set model.tokenizers first"
+            )
         return self._tokenizers
 
     @tokenizers.setter
@@ -231,7 +237,9 @@ class Optimus(PreTrainedModel):
         tail = self.tokenizers.decoder_rows(texts)
         _check_lengths(tail, texts, self.decoder.config.max_tokens, "decoder")
         head = pad_rows(self._encoder_ids(texts), self.tokenizers.encoder.pad_token_id)
-        return Batch(head.to(self.device), pad_rows(tail, self.tokenizers.decoder.pad_token_id).to(self.device))
+        return Batch(
+            head.to(self.device), pad_rows(tail, self.tokenizers.decoder.pad_token_id).to(self.device)
+        )
 
     # ---- the networks on token ids, with gradients
 
@@ -280,13 +288,17 @@ class Optimus(PreTrainedModel):
         if latents.ndim == 3:
             count = latents.shape[1]
             rows = repeat(decoder_ids, "b t -> (b s) t", s=count)
-            return rearrange(self.log_likelihood(rows, rearrange(latents, "b s d -> (b s) d")), "(b s) -> b s", s=count)
+            return rearrange(
+                self.log_likelihood(rows, rearrange(latents, "b s d -> (b s) d")), "(b s) -> b s", s=count
+            )
         return -self._nll(decoder_ids, latents)
 
     def _nll(self, decoder_ids: Tensor, latents: Tensor, *, row_scale: Tensor | None = None) -> Tensor:
         """Summed negative log-likelihood ``[B]``, each sentence multiplied by its ``row_scale`` ``[B]``."""
         if decoder_ids.ndim != 2 or decoder_ids.shape[1] < 2:
-            raise ValueError(f"decoder_ids are {list(decoder_ids.shape)} but [B, T] with BOS and EOS was expected")
+            raise ValueError(
+                f"decoder_ids are {list(decoder_ids.shape)} but [B, T] with BOS and EOS was expected"
+            )
         targets = decoder_ids[:, 1:]
         predicted = targets != self.decoder.config.pad_token_id
         # Nothing follows the last column; and only predicted tokens go to the head, the dearest layer of all.
@@ -462,7 +474,13 @@ class Optimus(PreTrainedModel):
     ) -> list[str]: ...
 
     def analogy(
-        self, a: str | Sequence[str], b: str | Sequence[str], c: str | Sequence[str], *, scale: float = 1.0, **generation: Any
+        self,
+        a: str | Sequence[str],
+        b: str | Sequence[str],
+        c: str | Sequence[str],
+        *,
+        scale: float = 1.0,
+        **generation: Any,
     ) -> str | list[str]:
         """To c what b is to a: the text of mu_c + scale * (mu_b - mu_a).
 
@@ -481,7 +499,9 @@ class Optimus(PreTrainedModel):
         """
         lists = [[texts] if isinstance(texts, str) else list(texts) for texts in (a, b, c)]
         if len({len(texts) for texts in lists}) > 1:
-            raise ValueError(f"a, b and c have {[len(texts) for texts in lists]} texts: give the same number of each")
+            raise ValueError(
+                f"a, b and c have {[len(texts) for texts in lists]} texts: give the same number of each"
+            )
         of_a, of_b, of_c = self.encode([text for texts in lists for text in texts]).mu.chunk(3)
         found = self.decode(latent.analogy(of_a, of_b, of_c, scale=scale), **generation)
         return found[0] if isinstance(a, str) else found
@@ -513,7 +533,9 @@ class Optimus(PreTrainedModel):
             shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
         """Read a folder that `save_pretrained` wrote; no code of it is run.
 
         Args:
@@ -543,12 +565,16 @@ class Optimus(PreTrainedModel):
         }
         if any(wrong.values()):
             found = "; ".join(f"{name}: {', '.join(keys[:5])}" for name, keys in wrong.items() if keys)
-            raise ValueError(f"the weights in {folder} do not fit its config.json ({found}): save the model again")
+            raise ValueError(
+                f"the weights in {folder} do not fit its config.json ({found}): save the model again"
+            )
         if (folder / ENCODER_FOLDER).is_dir():
             model.tokenizers = TextTokenizers.from_folder(folder)
         if (folder / STATISTICS).is_file():
             stored = load_file(folder / STATISTICS)
-            model.latent_statistics = LatentStatistics(stored["mean"], stored["covariance"], int(stored["count"]))
+            model.latent_statistics = LatentStatistics(
+                stored["mean"], stored["covariance"], int(stored["count"])
+            )
         return model
 
 

@@ -95,7 +95,9 @@ class TextTokenizers:
         texts = _stripped(texts)
         if not texts:
             return []
-        rows = self.decoder(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        rows = self.decoder(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
         bos, eos = self.decoder.bos_token_id, self.decoder.eos_token_id
         return [[bos, *row, eos] for row in rows]
 
