@@ -1,4 +1,4 @@
-"""Parity of Optimus: losses, gradients, decoding, bounds, schedules, filters, tokenisers, a whole checkpoint."""
+"""Parity of Optimus: losses, gradients, decoding, bounds, schedules, filters, tokenisers, a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vae_lm.tokenizers import TextTokenizers
 
 SCHEDULES = Tolerance(0.0, 1e-12)
 
-# A bias of the keys shifts all scores of a query alike, so its true gradient is 0 and only rounding is stored.
+# A bias of the keys shifts all scores of a query alike: its gradient is 0, and the file holds rounding.
 GRADIENTS = Tolerance(1e-4, 1e-5, absolute=1e-5)
 
 _BETA = 0.7
@@ -210,7 +210,7 @@ def _check_corpus(case: Case, model: Optimus) -> None:
     information = latent.mutual_information(mu, logvar, noise=case.use("corpus/mi_eps"))
     case.compare("corpus/mi", torch.tensor(information.nats, dtype=torch.float64), OUTPUTS)
     units = latent.active_units(mu)
-    case.compare("corpus/au", torch.tensor(units.count), EXACT)
+    case.compare("corpus/au", torch.tensor(units.num_active), EXACT)
     case.compare("corpus/au_var", units.variance, OUTPUTS)
     noise = rearrange(case.use("corpus/iw_eps"), "n draws s d -> n 1 (draws s) d")
     parts = [

@@ -14,8 +14,8 @@ _LEAST_ROOM = 32
 class GrowingLayer(DynamicLayer):
     """A layer of transformers' dynamic cache whose room doubles when it is full.
 
-    The usual one copies everything it holds for every new token. With gradients on, this one does so too, since
-    writing in place would spoil what the backward pass needs.
+    The usual one copies everything it holds for every new token. With gradients on, this one does so too,
+    since writing in place would spoil what the backward pass needs.
     """
 
     _key_room: Tensor | None = None
@@ -40,14 +40,18 @@ def growing_cache() -> Cache:
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
-def _append(held: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+def _append(held: Tensor | None, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
     """``held`` and then ``new``, and the room that both are in."""
-    length = held.shape[-2] if held.ndim == 4 else 0
+    length = held.shape[-2] if held is not None and held.ndim == 4 else 0
     total = length + new.shape[-2]
     # Beam search and the like put another tensor in place of ours: then start from that one.
-    if room is None or total > room.shape[-2] or (length and held.data_ptr() != room.data_ptr()):
+    if (
+        room is None
+        or total > room.shape[-2]
+        or (length and held is not None and held.data_ptr() != room.data_ptr())
+    ):
         room = new.new_empty(*new.shape[:2], max(_LEAST_ROOM, 2 * total), new.shape[-1])
-        if length:
+        if held is not None and length:
             room[..., :length, :] = held
     room[..., length:total, :] = new
     return room[..., :total, :], room

@@ -1,8 +1,8 @@
 """Released Optimus checkpoints to ours and back: ``python -m vae_lm.convert CHECKPOINT OUT``.
 
-The original writes three folders for step S, ``checkpoint-encoder-S`` and ``checkpoint-decoder-S`` (config.json,
-pytorch_model.bin) and ``checkpoint-full-S`` (training.bin: the same weights, and the optimiser). Any of them can be
-read; only tensors and plain values are unpickled, never code.
+The original writes three folders for step S, ``checkpoint-encoder-S`` and ``checkpoint-decoder-S``
+(config.json, pytorch_model.bin) and ``checkpoint-full-S`` (training.bin: the same weights, and the
+optimiser). Any of them can be read; only tensors and plain values are unpickled, never code.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _GPT2_WORDS = 50257
 """Vocabulary of GPT-2 before the three special tokens are added."""
 
 _OLD_GPT2 = (
-    "n_positions", "n_embd", "n_layer", "n_head", "resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_norm_epsilon",
-    "initializer_range", "vocab_size",
+    "n_positions", "n_embd", "n_layer", "n_head", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "layer_norm_epsilon", "initializer_range", "vocab_size",
 )  # fmt: skip
 _OLD_BERT = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "intermediate_size",
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
-    "initializer_range", "layer_norm_eps",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+    "intermediate_size", "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings",
+    "type_vocab_size", "initializer_range", "layer_norm_eps",
 )  # fmt: skip
 
 
@@ -68,16 +68,17 @@ def from_released(
     Args:
         checkpoint: the folder that holds ``checkpoint-encoder-S`` and the others.
         step: S; may be left out if there is one.
-        layout: "folders" reads encoder and decoder, "full" training.bin (of 2.8 GB at BERT base and GPT-2, for it
-            holds the optimiser; the two config.json must be there too), "auto" the folders if they are there.
-        injection: "both", "memory" or "embedding". The files do not say which one was trained, and those of all
-            three look alike; the released ones use both.
+        layout: "folders" reads encoder and decoder, "full" training.bin (of 2.8 GB at BERT base and GPT-2,
+            for it holds the optimiser; the two config.json must be there too), "auto" the folders if they are
+            there.
+        injection: "both", "memory" or "embedding". The files do not say which one was trained, and those of
+            all three look alike; the released ones use both.
         tokenizers: of the model; without them it works on token ids.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: several steps to choose from, a file that is damaged or holds more than plain values, or weights
-            that are not those of an Optimus.
+        ValueError: several steps to choose from, a file that is damaged or holds more than plain values, or
+            weights that are not those of an Optimus.
     """
     folder = Path(checkpoint)
     step = _find_step(folder) if step is None else step
@@ -144,11 +145,14 @@ def _build(
     target = len(tokenizers.decoder) if tokenizers is not None else rows + 3 * (rows == _GPT2_WORDS)
     if target not in (rows, rows + 3):
         raise ValueError(
-            f"the decoder has {rows} tokens but its tokeniser {target}: give the tokeniser that it was trained with"
+            f"the decoder has {rows} tokens but its tokeniser {target}: give the tokeniser that it was "
+            "trained with"
         )
     latent_dim = state["posterior_head.weight"].shape[0] // 2
     # The old configurations know no special tokens: the three are the last of the vocabulary.
-    special = {f"{name}_token_id": target - 3 + i for i, name in enumerate(("pad", "bos", "eos"))}
+    special: dict[str, Any] = {
+        f"{name}_token_id": target - 3 + i for i, name in enumerate(("pad", "bos", "eos"))
+    }
     shape = {key: decoder[key] for key in _OLD_GPT2 if key in decoder} | {"vocab_size": target}
     model = Optimus.from_backbones(
         BertConfig(**{key: encoder[key] for key in _OLD_BERT if key in encoder}, pad_token_id=0),
@@ -177,8 +181,8 @@ def _find_step(folder: Path) -> int:
     }
     if not found:
         raise FileNotFoundError(
-            f"{folder} holds no checkpoint-encoder-S, checkpoint-decoder-S or checkpoint-full-S: give the folder "
-            "that a released archive was unpacked into"
+            f"{folder} holds no checkpoint-encoder-S, checkpoint-decoder-S or checkpoint-full-S: give the "
+            "folder that a released archive was unpacked into"
         )
     if len(found) > 1:
         raise ValueError(
@@ -208,8 +212,8 @@ def _read_plain(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways, all meaning the same to the caller
         raise ValueError(
-            f"{path} is damaged or holds more than tensors and plain values, which is not loaded because it could "
-            f"run code ({type(error).__name__}): download it again"
+            f"{path} is damaged or holds more than tensors and plain values, which is not loaded because it "
+            f"could run code ({type(error).__name__}): download it again"
         ) from error
 
 
@@ -234,8 +238,9 @@ def _read_training(path: Path) -> State:
 def to_released(model: Optimus) -> State:
     """Weights under the original's names, with its buffers of the causal mask.
 
-    A model with memory alone gets an embedding projection of zeros, which adds nothing. One with the embedding alone
-    gets a memory projection of zeros, which is **not** nothing: load it with the original's memory off.
+    A model with memory alone gets an embedding projection of zeros, which adds nothing. One with the
+    embedding alone gets a memory projection of zeros, which is **not** nothing: load it with the original's
+    memory off.
 
     Raises:
         ValueError: the original cannot hold the model.

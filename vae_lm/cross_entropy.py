@@ -52,7 +52,7 @@ def token_nll(
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
-            f"targets are {list(targets.shape)} but hidden has {len(hidden)} rows: give one token for each row"
+            f"targets are {list(targets.shape)} but hidden has {len(hidden)} rows: give one token a row"
         )
     if row_scale is not None and row_scale.shape != targets.shape:
         raise ValueError(f"row_scale is {list(row_scale.shape)} but {list(targets.shape)} was expected")
@@ -95,8 +95,7 @@ def _pass(
     want_hidden, want_weight = wanted
     nll = torch.empty(len(targets), dtype=_wide(hidden.dtype), device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if want_hidden else None
-    # Chunks of a low precision would lose small terms if they were summed in it.
-    grad_weight = torch.zeros_like(weight, dtype=nll.dtype) if want_weight else None
+    grad_weight = None
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
         states, target = hidden[part], targets[part, None]
@@ -111,11 +110,16 @@ def _pass(
         slope = slope.mul_(factor).to(hidden.dtype)
         if grad_hidden is not None:
             torch.mm(slope, weight, out=grad_hidden[part])
-        if grad_weight is not None:
-            if grad_weight.dtype == slope.dtype:
-                grad_weight.addmm_(slope.t(), states)
-            else:
-                grad_weight += slope.t() @ states
+        if not want_weight:
+            continue
+        if grad_weight is None:  # in float32: many chunks of a low precision would lose small terms
+            grad_weight = (slope.t() @ states).to(nll.dtype)
+        elif grad_weight.dtype == slope.dtype:
+            grad_weight.addmm_(slope.t(), states)
+        else:
+            grad_weight += slope.t() @ states
+    if want_weight and grad_weight is None:
+        grad_weight = torch.zeros_like(weight, dtype=nll.dtype)
     return nll, grad_hidden, grad_weight
 
 
@@ -128,23 +132,34 @@ class _TokenNLL(torch.autograd.Function):
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         with torch.autocast(hidden.device.type, enabled=False):
             nll, grad_hidden, grad_weight = _pass(cast_hidden, cast_weight, targets, scale, rows, wanted)
-        ctx.save_for_backward(hidden, weight, targets, scale, grad_hidden, grad_weight)
-        ctx.rows, ctx.dtype = rows, cast_hidden.dtype
+        ctx.save_for_backward(hidden, weight, targets, scale)
+        ctx.rows, ctx.dtype, ctx.wanted, ctx.gradients = (
+            rows,
+            cast_hidden.dtype,
+            wanted,
+            (grad_hidden, grad_weight),
+        )
         return nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, targets, scale, grad_hidden, grad_weight = ctx.saved_tensors
-        if not len(upstream):
-            factor = upstream.new_zeros(())
-        elif bool((upstream == upstream[0]).all()):
-            factor = upstream[0]
+        hidden, weight, targets, scale = ctx.saved_tensors
+        # Handed out once and scaled in place: the one by weight is as large as all embeddings of words.
+        gradients, ctx.gradients = ctx.gradients, None
+        uniform = not len(upstream) or bool((upstream == upstream[0]).all())
+        if uniform and gradients is not None:
+            for gradient in gradients:
+                if gradient is not None and len(upstream):
+                    gradient.mul_(upstream[0])
         else:
             states, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-            wanted = (grad_hidden is not None, grad_weight is not None)
-            _, grad_hidden, grad_weight = _pass(states, matrix, targets, scale * upstream, ctx.rows, wanted)
-            factor = upstream.new_ones(())
-        by_hidden = None if grad_hidden is None else (grad_hidden * factor).to(hidden.dtype)
-        by_weight = None if grad_weight is None else (grad_weight * factor).to(weight.dtype)
-        return by_hidden, by_weight, None, None, None
+            _, *gradients = _pass(states, matrix, targets, scale * upstream, ctx.rows, ctx.wanted)
+        by_hidden, by_weight = gradients
+        return (
+            None if by_hidden is None else by_hidden.to(hidden.dtype),
+            None if by_weight is None else by_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+        )

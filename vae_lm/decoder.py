@@ -1,9 +1,10 @@
 """GPT-2 that is told a latent vector: through memory slots in every layer, the token embeddings, or both.
 
-Optimus (Li et al., EMNLP 2020, Sec. 3.1) injects a sentence's latent z into GPT-2 by two linear maps. *Memory*:
-one more position in front of each layer's keys and values, which every token may attend to. *Embedding*: a vector
-added to the embedding of every token. Both go around transformers' own layers, so its generation (greedy, sampling,
-beams, left padding), attention back ends and activation checkpointing work as for a plain GPT-2.
+Optimus (Li et al., EMNLP 2020, Sec. 3.1) injects a sentence's latent z into GPT-2 by two linear maps.
+*Memory*: one more position in front of each layer's keys and values, which every token may attend to.
+*Embedding*: a vector added to the embedding of every token. Both go around transformers' own layers, so its
+generation (greedy, sampling, beams, left padding), attention back ends and activation checkpointing work as
+for a plain GPT-2.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ class LatentGPT2Config(GPT2Config):
             raise ValueError(f"injection is {self.injection!r} but must be one of {', '.join(INJECTIONS)}")
         if not self.has_memory and self.num_memory_slots != 1:
             raise ValueError(
-                f"num_memory_slots is {self.num_memory_slots} but injection 'embedding' has no memory: leave it "
-                "out, or choose injection 'both' or 'memory'"
+                f"num_memory_slots is {self.num_memory_slots} but injection 'embedding' has no memory: leave "
+                "it out, or choose injection 'both' or 'memory'"
             )
         if self.add_cross_attention or self.reorder_and_upcast_attn:
             raise ValueError(
-                "add_cross_attention and reorder_and_upcast_attn go past the attention that knows the latent: "
-                "leave both False"
+                "add_cross_attention and reorder_and_upcast_attn go past the attention that knows the "
+                "latent: leave both False"
             )
 
     @property
@@ -93,8 +94,8 @@ class LatentGPT2Config(GPT2Config):
 class LatentGPT2(GPT2LMHeadModel):
     """GPT-2 with a language-model head whose every forward takes ``latents``.
 
-    ``generate(input_ids, latents=z, ...)`` repeats the latents for beams and returned sequences by itself. Masks
-    and positions are those of the text alone: the slots are added here.
+    ``generate(input_ids, latents=z, ...)`` repeats the latents for beams and returned sequences by itself.
+    Masks and positions are those of the text alone: the slots are added here.
 
     Args:
         config: sizes and injection.
@@ -106,7 +107,8 @@ class LatentGPT2(GPT2LMHeadModel):
     def __init__(self, config: LatentGPT2Config) -> None:
         super().__init__(config)
         if config.activation_function == "gelu_new":  # the same function in one operation instead of eight
-            for block in self.transformer.h:
+            blocks: Any = self.transformer.h
+            for block in blocks:
                 block.mlp.act = nn.GELU(approximate="tanh")
         if config.has_memory:
             size = config.n_layer * config.num_memory_slots * config.n_embd
@@ -130,7 +132,8 @@ class LatentGPT2(GPT2LMHeadModel):
         name = _BACK_ENDS.get(requested_attention, requested_attention)
         if name not in _BACK_ENDS.values():
             raise ValueError(
-                f"attention {requested_attention!r} cannot carry the memory of the latent: choose 'sdpa' or 'eager'"
+                f"attention {requested_attention!r} cannot carry the memory of the latent: choose 'sdpa' or "
+                "'eager'"
             )
         return str(name)
 
@@ -207,7 +210,8 @@ class LatentGPT2(GPT2LMHeadModel):
             input_ids: int64 ``[B, T]``.
             latents: ``[B, latent_dim]``.
             past_key_values: keys and values of P earlier tokens, without the slots.
-            attention_mask: ``[B, P + T]``, 0 at padding; or ``[B or 1, 1, T, slots + P + T]``, taken as it is.
+            attention_mask: ``[B, P + T]``, 0 at padding; or ``[B or 1, 1, T, slots + P + T]``, taken as
+                it is.
             position_ids: ``[B, T]``, counted from 0; by default from the mask.
             use_cache: return ``past_key_values``; by default as configured, and not in training.
             logits_to_keep: last positions (or a mask of positions) to give logits for; 0 for all.
@@ -237,8 +241,10 @@ class LatentGPT2(GPT2LMHeadModel):
             output_hidden_states=output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        states = output.last_hidden_state
+        assert states is not None
         return CausalLMOutputWithCrossAttentions(
-            logits=self._logits(output.last_hidden_state[:, kept]),
+            logits=self._logits(states[:, kept]),
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
@@ -251,7 +257,8 @@ class LatentGPT2(GPT2LMHeadModel):
         if not (plain and few and states.device.type == "cpu") or torch.is_autocast_enabled("cpu"):
             logits: Tensor = self.lm_head(states)
             return logits
-        # A step of generation has few rows. Over the whole vocabulary at once MKL needs 1.4 times as long for them.
+        # In a step of generation there are few rows. MKL takes 1.4 times as long for one product over the
+        # whole vocabulary.
         logits = states.new_empty(*states.shape[:-1], len(weight))
         rows, flat = states.flatten(0, -2), logits.flatten(0, -2)
         for first in range(0, len(weight), _VOCABULARY_AT_ONCE):
@@ -270,19 +277,19 @@ class LatentGPT2(GPT2LMHeadModel):
         config, (batch, new) = self.config, input_ids.shape
         if latents.shape != (batch, config.latent_dim):
             raise ValueError(
-                f"latents are {list(latents.shape)} but [{batch}, {config.latent_dim}] was expected: one vector of "
-                f"latent_dim {config.latent_dim} for each of the {batch} texts"
+                f"latents are {list(latents.shape)} but [{batch}, {config.latent_dim}] was expected: one "
+                f"vector of latent_dim {config.latent_dim} for each of the {batch} texts"
             )
         if past + new > config.max_tokens:
             raise ValueError(
-                f"the text has {past + new} tokens but at most {config.max_tokens} fit (n_positions "
-                f"{config.n_positions}{', position 0 is the memory' if config.has_memory else ''}): shorten it"
+                f"the text has {past + new} tokens but at most {config.max_tokens} fit (n_positions is "
+                f"{config.n_positions}, text starts at position {config.first_position}): shorten it"
             )
         if attention_mask is not None and attention_mask.ndim == 2:
             if attention_mask.shape != (batch, past + new):
                 raise ValueError(
-                    f"attention_mask is {list(attention_mask.shape)} but [{batch}, {past + new}] was expected: one "
-                    "column for each token so far, none for the memory"
+                    f"attention_mask is {list(attention_mask.shape)} but [{batch}, {past + new}] was "
+                    "expected: one column for each token so far, none for the memory"
                 )
         elif attention_mask is not None:
             slots = config.num_memory_slots if config.has_memory else 0
@@ -297,8 +304,8 @@ class LatentGPT2(GPT2LMHeadModel):
             raise _static_cache()
         if config._attn_implementation not in _BACK_ENDS.values():
             raise ValueError(
-                f"the attention of the decoder was set to {config._attn_implementation!r}, which does not know the "
-                "memory: use set_attn_implementation of this model, not of a part of it"
+                f"the attention of the decoder was set to {config._attn_implementation!r}, which does not "
+                "know the memory: use set_attn_implementation of this model, not of a part of it"
             )
         checkpoint = getattr(self.transformer.h[0], "_gradient_checkpointing_func", None)
         if self.training and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
@@ -307,7 +314,7 @@ class LatentGPT2(GPT2LMHeadModel):
                 "use_reentrant=False"
             )
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """``GenerationMixin.generate``, which takes ``latents``.
 
         Raises:
@@ -321,7 +328,7 @@ class LatentGPT2(GPT2LMHeadModel):
         cached = kwargs.get("use_cache", True) and getattr(settings, "use_cache", True) is not False
         if cached and wanted is None and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = growing_cache()
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 def _static_cache() -> ValueError:
@@ -372,7 +379,7 @@ def _attend(
 
 
 def _memory_eager(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -381,7 +388,7 @@ def _memory_eager(
     memory: tuple[Tensor, ...],
     scaling: float,
     dropout: float = 0.0,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one layer over its slots and its text, after transformers' attention interface."""
     # One vector serves as key and as value (the original's choice).
@@ -393,7 +400,7 @@ def _memory_eager(
 
 
 def _memory_sdpa(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -402,7 +409,7 @@ def _memory_sdpa(
     memory: tuple[Tensor, ...],
     scaling: float,
     dropout: float = 0.0,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The same through ``scaled_dot_product_attention``."""
     if query.shape[2] == 1:  # one new token: copying all keys behind the slots would cost more than the rest

@@ -1,9 +1,9 @@
-"""What to do with the space of a trained model: filters of sampling, traversals, neighbours, tables of sentences."""
+"""What to do with the space of a trained model: filters of sampling, traversals, neighbours, tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from vae_lm.model import Optimus
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """What ``decode(..., do_sample=True, top_k=..., top_p=...)`` leaves of the logits of a step.
 
-    Top-k first, then top-p: the smallest set of tokens whose probability exceeds ``top_p``, the one that crosses it
-    included. 0 switches either filter off, as does a ``top_p`` of 1.
+    Top-k first, then top-p: the smallest set of tokens whose probability exceeds ``top_p``, the one that
+    crosses it included. 0 switches either filter off, as does a ``top_p`` of 1.
 
     Args:
         logits: ``[B, V]``.
@@ -48,7 +48,7 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
 
 
 def traverse(
-    model: Optimus, text: str, dimension: int, values: Sequence[float], **generation: object
+    model: Optimus, text: str, dimension: int, values: Sequence[float], **generation: Any
 ) -> list[str]:
     """Texts of a sentence's latent with one dimension set to each of some values.
 
@@ -70,7 +70,7 @@ def traverse(
 
 
 class Neighbours(NamedTuple):
-    """Nearest latents of each query: indices int64 ``[Q, k]`` and Euclidean distances ``[Q, k]``, nearest first."""
+    """Nearest latents of each query, int64 ``[Q, k]``, and Euclidean distances ``[Q, k]``, nearest first."""
 
     indices: Tensor
     distances: Tensor
@@ -113,7 +113,7 @@ def interpolation_table(
     *,
     steps: int = 10,
     modes: Sequence[str] = ("linear", "slerp"),
-    **generation: object,
+    **generation: Any,
 ) -> str:
     """Markdown table of the way between two sentences, a column a mode.
 
@@ -138,7 +138,7 @@ def analogy_table(
     items: Sequence[tuple[str, str, str]],
     *,
     scale: float = 1.0,
-    **generation: object,
+    **generation: Any,
 ) -> str:
     """Markdown table of analogies: to C what B is to A.
 
@@ -158,7 +158,7 @@ def analogy_table(
     return markdown_table(["A", "B", "C", "D"], zip(a, b, c, found, strict=True))
 
 
-def markdown_table(header: Sequence[str], rows: object) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; bars in a cell are escaped.
 
     Example:

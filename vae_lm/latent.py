@@ -1,7 +1,8 @@
-"""The latent side of a sentence VAE: KL and its threshold, schedules, bounds, and figures that describe the space.
+"""The latent side of a sentence VAE: KL and its threshold, schedules, bounds, figures of the space.
 
-Everything here is about tensors of means, log-variances and latents, and knows no network. Logarithms are natural,
-so all figures are in nats. Sets of sentences are handled in chunks: no figure holds more than a chunk times the set.
+Everything here is about tensors of means, log-variances and latents, and knows no network. Logarithms are
+natural, so all figures are in nats. Sets of sentences are handled in chunks: no figure holds more than a
+chunk times the set.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def draw(
         mu: ``[..., d]``.
         logvar: ``[..., d]``.
         mode: see `PosteriorMode`.
-        noise: standard normal ``[..., d]``; None draws it from PyTorch's default generator. Mode "mean" has none.
+        noise: standard normal ``[..., d]``; None draws it from PyTorch's default generator. Mode "mean" has
+            none.
 
     Returns:
         ``[..., d]``.
@@ -78,8 +80,9 @@ def kl_per_dimension(mu: Tensor, logvar: Tensor, *, mode: PosteriorMode = "sampl
 def thresholded_kl(per_dimension: Tensor, free_bits: float) -> Tensor:
     """Sum of the dimensions whose KL is above the threshold, sentence by sentence.
 
-    The paper (Eq. 8) writes sum_j max(lambda, KL_j): the gradient is the same, and the value larger by lambda for
-    each dimension below. A dimension at or below the threshold gets no gradient, so it is free to carry that much.
+    The paper (Eq. 8) writes sum_j max(lambda, KL_j): the gradient is the same, and the value larger by lambda
+    for each dimension below. A dimension at or below the threshold gets no gradient, so it is free to carry
+    that much.
 
     Args:
         per_dimension: ``[..., d]``, from `kl_per_dimension`.
@@ -133,7 +136,7 @@ def beta_schedule(
     zero_share: float = 0.5,
     rise_share: float = 0.25,
 ) -> Tensor:
-    """Cyclic KL weight (Fu et al. 2019; Optimus Sec. 3.3): flat at ``start``, a straight rise, flat at ``stop``.
+    """Cyclic KL weight (Fu et al. 2019; Optimus Sec. 3.3): flat at ``start``, a rise, flat at ``stop``.
 
     A cycle lasts p = num_steps / num_cycles, not always a whole number of steps, and begins at the next lower
     step. If the shares add to more than 1, the rise ends before it reaches ``stop``.
@@ -150,7 +153,8 @@ def beta_schedule(
         float64 ``[num_steps]``.
 
     Raises:
-        ValueError: a count below 1, more cycles than steps, a share that is not one, or a fall instead of a rise.
+        ValueError: a count below 1, more cycles than steps, a share that is not one, or a fall instead of a
+            rise.
 
     Example:
         >>> beta_schedule(8, num_cycles=2, zero_share=0.25, rise_share=0.5)
@@ -163,8 +167,8 @@ def beta_schedule(
         )
     if not (0 <= zero_share <= 1 and 0 < rise_share <= 1):
         raise ValueError(
-            f"zero_share is {zero_share} and rise_share {rise_share}: shares of a cycle are in [0, 1], and the rise "
-            "takes some of it"
+            f"zero_share is {zero_share} and rise_share {rise_share}: shares of a cycle are in [0, 1], and "
+            "the rise takes some of it"
         )
     if not start <= stop:
         raise ValueError(f"the KL weight falls from {start} to {stop}: give start <= stop")
@@ -182,8 +186,8 @@ def beta_schedule(
 class ImportanceEstimate(NamedTuple):
     """Estimates for each sentence, ``[B]`` each.
 
-    ``log_prob`` is the importance-weighted bound of log p(x), ``reconstruction`` the mean of -log p(x | z) over the
-    same draws, ``kl`` the analytic KL without a threshold; -ELBO is ``reconstruction + kl``.
+    ``log_prob`` is the importance-weighted bound of log p(x), ``reconstruction`` the mean of -log p(x | z)
+    over the same draws, ``kl`` the analytic KL without a threshold; -ELBO is ``reconstruction + kl``.
     """
 
     log_prob: Tensor
@@ -203,8 +207,8 @@ def importance_weighted(
 ) -> ImportanceEstimate:
     """Bound log p(x) from below by S draws of the posterior (Burda et al. 2016; Optimus, App. on evaluation).
 
-    log-mean-exp over s of log p(x | z_s) + log p(z_s) - log q(z_s | x). In expectation it is at least the ELBO and
-    grows with S.
+    log-mean-exp over s of log p(x | z_s) + log p(z_s) - log q(z_s | x). In expectation it is at least the
+    ELBO and grows with S.
 
     Args:
         log_likelihood: from latents ``[B, s, d]`` to log p(x | z) ``[B, s]``.
@@ -228,8 +232,8 @@ def importance_weighted(
     batch, dim = mu.shape
     if noise is not None and noise.shape != (batch, num_samples, dim):
         raise ValueError(
-            f"noise is {list(noise.shape)} but [{batch}, {num_samples}, {dim}] was expected: num_samples draws for "
-            "each sentence"
+            f"noise is {list(noise.shape)} but [{batch}, {num_samples}, {dim}] was expected: num_samples "
+            "draws for each sentence"
         )
     log_prob, likelihood = torch.full_like(mu[:, 0], -math.inf), torch.zeros_like(mu[:, 0])
     for first in range(0, num_samples, samples_at_once):
@@ -253,8 +257,9 @@ def importance_weighted(
 class Perplexity(NamedTuple):
     """Three perplexities of one sum of log-probabilities; they differ in what counts as a token.
 
-    ``original`` divides by the tokens with BOS and EOS (as the paper's figures do, which flatters: BOS is never
-    predicted), ``token`` by the predicted tokens, ``word`` by the words between blanks and one end a sentence.
+    ``original`` divides by the tokens with BOS and EOS (as the paper's figures do, which flatters: BOS is
+    never predicted), ``token`` by the predicted tokens, ``word`` by the words between blanks and one end a
+    sentence.
     """
 
     original: float
@@ -283,8 +288,8 @@ def perplexity(log_prob: float, *, num_tokens: int, num_words: int, num_sentence
     """
     if num_sentences < 1 or num_tokens < 2 * num_sentences or num_words < 0:
         raise ValueError(
-            f"{num_sentences} sentences with {num_tokens} tokens and {num_words} words: at least one sentence with "
-            "BOS and EOS was expected"
+            f"{num_sentences} sentences with {num_tokens} tokens and {num_words} words: at least one "
+            "sentence with BOS and EOS was expected"
         )
     counts = (num_tokens, num_tokens - num_sentences, num_words + num_sentences)
     return Perplexity(*(math.exp(-log_prob / count) for count in counts))
@@ -310,8 +315,8 @@ def mutual_information(
 ) -> MutualInformation:
     """Mutual information of sentence and latent under the encoder (Hoffman and Johnson 2016).
 
-    -H(q(z | x)) averaged over sentences, analytically, minus log q(z_n) of one draw for each of them, where q(z) is
-    the mean of all N posteriors. In float64.
+    -H(q(z | x)) averaged over sentences, analytically, minus log q(z_n) of one draw for each of them, where
+    q(z) is the mean of all N posteriors. In float64.
 
     Args:
         mu: ``[N, d]``.
@@ -347,7 +352,7 @@ def mutual_information(
 class ActiveUnits(NamedTuple):
     """Number of dimensions in use, and the variance of the means in each, ``[d]``."""
 
-    count: int
+    num_active: int
     variance: Tensor
 
 
@@ -365,7 +370,7 @@ def active_units(mu: Tensor, *, threshold: float = 0.01) -> ActiveUnits:
         ValueError: fewer than two sentences.
 
     Example:
-        >>> active_units(torch.tensor([[0.0, 1.0], [2.0, 1.0]])).count
+        >>> active_units(torch.tensor([[0.0, 1.0], [2.0, 1.0]])).num_active
         1
     """
     if len(mu) < 2:
@@ -380,13 +385,13 @@ def active_units(mu: Tensor, *, threshold: float = 0.01) -> ActiveUnits:
 class LatentStatistics(NamedTuple):
     """Mean ``[d]`` and covariance ``[d, d]`` of z over a corpus, float64, and the number of sentences.
 
-    The covariance counts both how the means spread and how wide each posterior is, so a whitened draw has mean 0
-    and covariance 1 over that corpus.
+    The covariance counts both how the means spread and how wide each posterior is, so a whitened draw has
+    mean 0 and covariance 1 over that corpus.
     """
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    num_sentences: int
 
     def whiten(self, z: Tensor) -> Tensor:
         """Rotate and scale z ``[..., d]`` to covariance 1, as near to the old axes as that can be (ZCA)."""
@@ -443,8 +448,8 @@ def interpolate(first: Tensor, second: Tensor, *, steps: int = 10, mode: str = "
         first: ``[d]``.
         second: ``[d]``.
         steps: number of equal steps, so steps + 1 points.
-        mode: "linear", (1 - t) z_1 + t z_2; or "slerp", along the great circle between the directions, the length
-            changing evenly (linear where the directions are parallel).
+        mode: "linear", (1 - t) z_1 + t z_2; or "slerp", along the great circle between the directions, the
+            length changing evenly (linear where the directions are parallel).
 
     Returns:
         ``[steps + 1, d]``.

@@ -1,8 +1,8 @@
 """Optimus: a variational auto-encoder of sentences, from a BERT-like encoder and a GPT-2 decoder.
 
-Li et al., "Optimus: Organizing Sentences via Pre-trained Modeling of a Latent Space", EMNLP 2020. A sentence goes
-through the encoder into a normal posterior over z; z goes into the decoder (see `vae_lm.decoder`), which says the
-sentence again. A model with its tokenisers lives in one folder.
+Li et al., "Optimus: Organizing Sentences via Pre-trained Modeling of a Latent Space", EMNLP 2020. A sentence
+goes through the encoder into a normal posterior over z; z goes into the decoder (see `vae_lm.decoder`), which
+says the sentence again. A model with its tokenisers lives in one folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STATISTICS = "latent_statistics.safetensors"
 _OWN_FILES = (STATISTICS, f"{ENCODER_FOLDER}/*", f"{DECODER_FOLDER}/*", "model*.safetensors*")
 
 _MAX_SPARE_ROWS = 128
-"""Encoders pad their embeddings to round numbers; more rows than this without a token mean another vocabulary."""
+"""Encoders pad their embeddings to round numbers; that many rows without a token: another vocabulary."""
 
 
 class Posterior(NamedTuple):
@@ -46,8 +46,8 @@ class Posterior(NamedTuple):
 class VAELoss(NamedTuple):
     """Loss and its parts for each sentence, ``[B]`` each; average ``loss`` and call ``backward``.
 
-    ``reconstruction`` sums over the predicted tokens; ``kl`` is the plain KL, ``kl_counted`` what is left of it above
-    the threshold; ``num_tokens`` counts the decoder's tokens, BOS and EOS included.
+    ``reconstruction`` sums over the predicted tokens; ``kl`` is the plain KL, ``kl_counted`` what is left of
+    it above the threshold; ``num_tokens`` counts the decoder's tokens, BOS and EOS included.
     """
 
     loss: Tensor
@@ -63,14 +63,16 @@ class OptimusConfig(PreTrainedConfig):
     Args:
         encoder: configuration of any encoder that ``AutoModel`` knows.
         decoder: a `LatentGPT2Config`, which holds the size of the latent and its injection.
-        pooling: feature of a sentence: "pooler" (BERT's own, the original's), "first" token, or "mean" over tokens.
+        pooling: feature of a sentence: "pooler" (BERT's own, the original's), "first" token, or "mean" over
+            tokens.
 
     Raises:
         ValueError: a part is missing, or the pooling is unknown.
     """
 
     model_type = "optimus"
-    sub_configs = {"encoder": AutoConfig, "decoder": LatentGPT2Config}  # noqa: RUF012 - as transformers declares it
+    # As transformers declares it: what the parts of a stored configuration are read with.
+    sub_configs = {"encoder": AutoConfig, "decoder": LatentGPT2Config}  # noqa: RUF012
 
     encoder: dict[str, Any] | PreTrainedConfig | None = None
     decoder: dict[str, Any] | LatentGPT2Config | None = None
@@ -95,8 +97,8 @@ class OptimusConfig(PreTrainedConfig):
 class Optimus(PreTrainedModel):
     """A sentence VAE.
 
-    Texts in, texts out: `encode`, `decode`, `reconstruct`, `sample`, `interpolate`, `analogy`; these run without
-    gradients and with dropout off. For training, call the model (or `loss`) on a `Batch`.
+    Texts in, texts out: `encode`, `decode`, `reconstruct`, `sample`, `interpolate`, `analogy`; these run
+    without gradients and with dropout off. For training, call the model (or `loss`) on a `Batch`.
 
     Args:
         config: of both networks.
@@ -118,7 +120,14 @@ class Optimus(PreTrainedModel):
             config.decoder, LatentGPT2Config
         ):
             raise ValueError("the configuration lacks a network: give OptimusConfig an encoder and a decoder")
+        special = [getattr(config.decoder, f"{name}_token_id") for name in ("pad", "bos", "eos")]
+        if None in special or len(set(special)) < len(special):
+            raise ValueError(
+                f"the decoder's pad, bos and eos tokens are {special} but must be three different ones: set "
+                "pad_token_id, bos_token_id and eos_token_id of its configuration"
+            )
         super().__init__(config)
+        self._pad = int(special[0])
         self.encoder = AutoModel.from_config(config.encoder)
         if config.pooling != "pooler" and hasattr(self.encoder, "pooler"):
             self.encoder.pooler = None  # unused parameters would stop distributed training
@@ -161,7 +170,11 @@ class Optimus(PreTrainedModel):
             ValueError: an option or the tokenisers do not fit the networks.
             FileNotFoundError: a folder or name leads to no tokeniser.
         """
-        added = {"latent_dim": latent_dim, "injection": injection, "num_memory_slots": num_memory_slots}
+        added: dict[str, Any] = {
+            "latent_dim": latent_dim,
+            "injection": injection,
+            "num_memory_slots": num_memory_slots,
+        }
         if tokenizers is None and isinstance(encoder, str | Path) and isinstance(decoder, str | Path):
             tokenizers = TextTokenizers.load(encoder, decoder)
         if isinstance(decoder, str | Path):
@@ -176,8 +189,10 @@ class Optimus(PreTrainedModel):
         if tokenizers is not None:
             for name in ("pad", "bos", "eos"):
                 setattr(decoder_config, f"{name}_token_id", getattr(tokenizers.decoder, f"{name}_token_id"))
-        encoder_model = AutoModel.from_pretrained(str(encoder)) if isinstance(encoder, str | Path) else None
-        encoder_config = encoder if encoder_model is None else encoder_model.config
+        encoder_model, encoder_config = None, encoder
+        if isinstance(encoder_config, str | Path):
+            encoder_model = AutoModel.from_pretrained(str(encoder))
+            encoder_config = encoder_model.config
         model = cls(
             OptimusConfig(encoder=encoder_config, decoder=decoder_config, pooling=pooling), tokenizers
         )
@@ -217,8 +232,8 @@ class Optimus(PreTrainedModel):
         ours = [decoder.vocab_size, *(getattr(decoder, name) for name in names)]
         if theirs != ours:
             raise ValueError(
-                f"the decoder's tokeniser has [size, pad, bos, eos] {theirs} but the decoder was made for {ours}: "
-                "give the tokeniser that it was trained with"
+                f"the decoder's tokeniser has [size, pad, bos, eos] {theirs} but the decoder was made for "
+                f"{ours}: give the tokeniser that it was trained with"
             )
         self._tokenizers = tokenizers
 
@@ -248,8 +263,8 @@ class Optimus(PreTrainedModel):
 
         Args:
             encoder_ids: int64 ``[B, T0]``.
-            attention_mask: ``[B, T0]``, 0 where not to look; default: everywhere but at padding. (The original's
-                evaluation looks at padding too; a mask of ones repeats that.)
+            attention_mask: ``[B, T0]``, 0 where not to look; default: everywhere but at padding. (The
+                original's evaluation looks at padding too; a mask of ones repeats that.)
 
         Returns:
             mu and logvar ``[B, latent_dim]``, float32 or wider.
@@ -260,9 +275,8 @@ class Optimus(PreTrainedModel):
         if self.config.pooling == "pooler":
             feature = getattr(output, "pooler_output", None)
             if feature is None:
-                raise ValueError(
-                    f"a {self.encoder.config.model_type} encoder has no pooler: choose pooling 'first' or 'mean'"
-                )
+                kind = self.encoder.config.model_type
+                raise ValueError(f"a {kind} encoder has no pooler: choose pooling 'first' or 'mean'")
         elif self.config.pooling == "first":
             feature = output.last_hidden_state[:, 0]
         else:
@@ -300,9 +314,11 @@ class Optimus(PreTrainedModel):
                 f"decoder_ids are {list(decoder_ids.shape)} but [B, T] with BOS and EOS was expected"
             )
         targets = decoder_ids[:, 1:]
-        predicted = targets != self.decoder.config.pad_token_id
+        predicted = targets != self._pad
         # Nothing follows the last column; and only predicted tokens go to the head, the dearest layer of all.
-        states = self.decoder.features(decoder_ids[:, :-1], latents).last_hidden_state[predicted]
+        output = self.decoder.features(decoder_ids[:, :-1], latents)
+        assert output.last_hidden_state is not None
+        states = output.last_hidden_state[predicted]
         scale = None if row_scale is None else row_scale[:, None].expand_as(targets)[predicted]
         nll = token_nll(states, self.decoder.lm_head.weight, targets[predicted], row_scale=scale)
         sentence = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[predicted]
@@ -340,7 +356,7 @@ class Optimus(PreTrainedModel):
         z = latent.draw(mu, logvar, mode=mode, noise=noise)
         per_dimension = latent.kl_per_dimension(mu, logvar, mode=mode)
         counted = latent.thresholded_kl(per_dimension, free_bits)
-        num_tokens = (decoder_ids != self.decoder.config.pad_token_id).sum(-1)
+        num_tokens = (decoder_ids != self._pad).sum(-1)
         scale = 1 / num_tokens.to(mu.dtype) if length_weighted else torch.ones_like(mu[:, 0])
         weighted = self._nll(decoder_ids, z, row_scale=scale)
         return VAELoss(
@@ -406,8 +422,8 @@ class Optimus(PreTrainedModel):
             max_new_tokens: longest text, EOS included; default 128, or what fits.
             batch_size: latents decoded together.
             seed: of the draws, if there are any; None goes on with PyTorch's own generators.
-            **generation: of transformers' ``generate``: ``do_sample=True`` with ``temperature``, ``top_k`` and
-                ``top_p`` (all off by default), ``num_beams``, ``num_return_sequences``, ...
+            **generation: of transformers' ``generate``: ``do_sample=True`` with ``temperature``, ``top_k``
+                and ``top_p`` (all off by default), ``num_beams``, ``num_return_sequences``, ...
 
         Returns:
             N texts, or N times ``num_return_sequences``, those of one latent together.
@@ -424,10 +440,10 @@ class Optimus(PreTrainedModel):
             raise ValueError(f"max_new_tokens is {limit} but 1 to {room} tokens fit after BOS")
         if generation.get("do_sample"):
             generation.setdefault("top_k", 0)  # transformers would keep 50
-        tokenizers, texts = self.tokenizers, []
+        tokenizers, texts, bos = self.tokenizers, [], self.tokenizers.decoder.bos_token_id
         with self._inference(), _seeded(seed, self.device):
             for part in latents.to(self.device).split(_at_least_one(batch_size)):
-                start = torch.full((len(part), 1), config.bos_token_id, device=self.device)
+                start = torch.full((len(part), 1), bos, device=self.device)
                 ids = decoder.generate(
                     start,
                     latents=part,
@@ -508,8 +524,10 @@ class Optimus(PreTrainedModel):
 
     # ---- one folder
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write configuration, weights (safetensors), both tokenisers and the latent statistics into a folder.
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
+        """Write configuration, weights (safetensors), both tokenisers and latent statistics into a folder.
 
         Everything is written beside the folder and then moved, so that no file is ever half there.
 
@@ -526,14 +544,14 @@ class Optimus(PreTrainedModel):
                 self._tokenizers.save(partial)
             if self.latent_statistics is not None:
                 mean, covariance, count = self.latent_statistics
-                tensors = {"mean": mean, "covariance": covariance, "count": torch.tensor(count)}
+                tensors = {"mean": mean, "covariance": covariance, "num_sentences": torch.tensor(count)}
                 save_file({name: value.contiguous() for name, value in tensors.items()}, partial / STATISTICS)
             _move_into(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
         """Read a folder that `save_pretrained` wrote; no code of it is run.
@@ -557,7 +575,8 @@ class Optimus(PreTrainedModel):
                 "released checkpoint by python -m vae_lm.convert"
             )
         kwargs.update(output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True)
-        model, info = super().from_pretrained(folder, *args, **kwargs)
+        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
+        model, info = loaded
         wrong = {
             "missing": sorted(info["missing_keys"]),
             "unknown": sorted(info["unexpected_keys"]),
@@ -573,7 +592,7 @@ class Optimus(PreTrainedModel):
         if (folder / STATISTICS).is_file():
             stored = load_file(folder / STATISTICS)
             model.latent_statistics = LatentStatistics(
-                stored["mean"], stored["covariance"], int(stored["count"])
+                stored["mean"], stored["covariance"], int(stored["num_sentences"])
             )
         return model
 
@@ -582,8 +601,8 @@ def _check_lengths(rows: Sequence[Sequence[int]], texts: Sequence[str], limit: i
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
         if len(row) > limit:
             raise ValueError(
-                f"text {number} ({text.strip()[:40]!r}...) has {len(row)} tokens but the {network} takes at most "
-                f"{limit}, special tokens included: shorten or drop it"
+                f"text {number} ({text.strip()[:40]!r}...) has {len(row)} tokens but the {network} takes at "
+                f"most {limit}, special tokens included: shorten or drop it"
             )
 
 
@@ -604,7 +623,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def _move_into(partial: Path, folder: Path) -> None:
-    """Move the files of one folder into another, each at one stroke; all of them if the other is not there."""
+    """Move the files of a folder into another, each at one stroke; all at one if the other is not there."""
     if not folder.exists():
         partial.replace(folder)
         return

@@ -45,13 +45,14 @@ class TextTokenizers:
         if None in ids or len(set(ids)) < len(ids):
             found = ", ".join(f"{name} {value}" for name, value in zip(names, ids, strict=True))
             raise ValueError(
-                f"the decoder's tokeniser has {found} but needs three different tokens: TextTokenizers.load adds them"
+                f"the decoder's tokeniser has {found} but needs three different tokens: TextTokenizers.load "
+                "adds them"
             )
         self.encoder, self.decoder = encoder, decoder
 
     @classmethod
     def load(cls, encoder: str | Path, decoder: str | Path) -> TextTokenizers:
-        """Tokenisers from folders or Hub names, the decoder's with special tokens and a blank before each text.
+        """Tokenisers from folders or Hub names, the decoder's with special tokens and a blank before texts.
 
         A decoder without three different special tokens (GPT-2 has one for all) gets ``<PAD>``, ``<BOS>`` and
         ``<EOS>`` at the end of its vocabulary.
@@ -68,7 +69,7 @@ class TextTokenizers:
         tail = _load(decoder, add_prefix_space=True)
         ids = [tail.pad_token_id, tail.bos_token_id, tail.eos_token_id]
         if None in ids or len(set(ids)) < len(ids):
-            tail.add_special_tokens(_SPECIAL_TOKENS)
+            tail.add_special_tokens(dict(_SPECIAL_TOKENS))
         return cls(_load(encoder), tail)
 
     @classmethod
@@ -91,7 +92,7 @@ class TextTokenizers:
         return rows
 
     def decoder_rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text between BOS and EOS; texts are stripped, and ``<EOS>`` in them is plain text."""
+        """Token ids of each text between BOS and EOS; texts are stripped, ``<EOS>`` in them is plain text."""
         texts = _stripped(texts)
         if not texts:
             return []
@@ -150,7 +151,7 @@ def _load(source: str | Path, **options: bool) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source), **options)
     except (OSError, ValueError) as error:  # a missing folder, a folder without a tokeniser, no network
         raise FileNotFoundError(
-            f"no tokeniser at {source}: give a folder with its files (tokenizer_config.json beside them) or a name "
-            f"on the Hub ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"no tokeniser at {source}: give a folder with its files (tokenizer_config.json beside them) or "
+            f"a name on the Hub ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     return tokenizer
