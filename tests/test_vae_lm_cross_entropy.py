@@ -17,7 +17,9 @@ def problem(rows, vocabulary, width=6, dtype=torch.float64, seed=0):
 
 
 @settings(deadline=None, max_examples=30)
-@given(rows=st.integers(0, 9), vocabulary=st.integers(1, 12), at_once=st.integers(1, 10), kind=st.integers(0, 2))
+@given(
+    rows=st.integers(0, 9), vocabulary=st.integers(1, 12), at_once=st.integers(1, 10), kind=st.integers(0, 2)
+)
 def test_values_and_gradients_are_those_of_the_whole_product(rows, vocabulary, at_once, kind):
     hidden, weight, targets = problem(rows, vocabulary)
     upstream = torch.ones(rows).double() if kind == 0 else torch.linspace(-1, 2, rows).double()
@@ -43,11 +45,14 @@ def test_only_what_needs_a_gradient_gets_one():
     token_nll(hidden, weight.detach(), targets, rows_at_once=2).sum().backward()
     frozen = hidden.grad.clone()
     token_nll(hidden.detach(), weight, targets, rows_at_once=2).sum().backward()
-    expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets, reduction="sum"), (hidden, weight))
+    expected = torch.autograd.grad(
+        F.cross_entropy(hidden @ weight.t(), targets, reduction="sum"), (hidden, weight)
+    )
     torch.testing.assert_close((frozen, weight.grad), expected)
     with torch.no_grad():
         torch.testing.assert_close(
-            token_nll(hidden, weight, targets), F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
+            token_nll(hidden, weight, targets),
+            F.cross_entropy(hidden @ weight.t(), targets, reduction="none"),
         )
 
 

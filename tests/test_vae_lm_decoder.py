@@ -106,7 +106,9 @@ def test_beams_of_a_batch_are_those_of_one_text_at_a_time_and_of_no_cache(inject
     assert torch.equal(found, told(model, z, num_beams=4, num_return_sequences=2, use_cache=False))
     for index in range(3):
         alone = told(model, z[index : index + 1], num_beams=4, num_return_sequences=2)
-        assert torch.equal(F.pad(alone, (0, found.shape[1] - alone.shape[1])), found[2 * index : 2 * index + 2])
+        assert torch.equal(
+            F.pad(alone, (0, found.shape[1] - alone.shape[1])), found[2 * index : 2 * index + 2]
+        )
 
 
 def test_sampling_with_several_texts_a_latent_draws_the_same_without_a_cache():
@@ -176,7 +178,9 @@ def test_activation_checkpointing_repeats_loss_and_gradients_to_the_bit(attentio
             model.activation_checkpointing_enable()
         model.zero_grad()
         loss = model(IDS, z).logits.square().mean()
-        gradient = torch.autograd.grad(loss, [z, model.memory_projection.weight, model.transformer.wte.weight])
+        gradient = torch.autograd.grad(
+            loss, [z, model.memory_projection.weight, model.transformer.wte.weight]
+        )
         results.append((loss, *gradient))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
@@ -208,7 +212,10 @@ def test_bfloat16_weights_take_float32_latents(attention):
         ({"latents": None}, "latents are missing: pass latents=z"),
         ({"latents": torch.zeros(2, 4)}, r"latents are \[2, 4\] but \[2, 5\] was expected"),
         ({"latents": torch.zeros(3, 5)}, r"latents are \[3, 5\] but \[2, 5\] was expected"),
-        ({"attention_mask": torch.ones(2, 7)}, r"attention_mask is \[2, 7\] but \[2, 6\].*none for the memory"),
+        (
+            {"attention_mask": torch.ones(2, 7)},
+            r"attention_mask is \[2, 7\] but \[2, 6\].*none for the memory",
+        ),
         ({"attention_mask": torch.ones(2, 1, 6, 6)}, r"must end in \[6, 7\]: 1 memory columns"),
         ({"attention_mask": torch.ones(6)}, r"attention_mask is \[6\]"),
         ({"input_ids": torch.ones(2, 32, dtype=torch.int64)}, "the text has 32 tokens but at most 31 fit"),
@@ -223,7 +230,9 @@ def test_a_full_mask_with_the_slot_is_taken_as_it_is():
     model = decoder()
     mask = F.pad(torch.ones(6, 6).tril().bool(), (1, 0), value=True)[None, None]
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS, latents(), attention_mask=mask).logits, model(IDS, latents()).logits)
+        torch.testing.assert_close(
+            model(IDS, latents(), attention_mask=mask).logits, model(IDS, latents()).logits
+        )
 
 
 def test_embedding_alone_starts_at_position_zero_and_leaves_one_token_more():
@@ -236,7 +245,7 @@ def test_embedding_alone_starts_at_position_zero_and_leaves_one_token_more():
 
 def test_static_caches_are_refused():
     model = decoder()
-    with pytest.raises(ValueError, match="static cache .* leave cache_implementation out"):
+    with pytest.raises(ValueError, match=r"static cache .* leave cache_implementation out"):
         told(model, latents(), cache_implementation="static")
     with pytest.raises(ValueError, match="static cache"):
         model(IDS, latents(), past_key_values=StaticCache(model.config, max_cache_len=20))
@@ -262,7 +271,10 @@ def test_attention_that_does_not_know_the_memory_is_refused():
         ({"latent_dim": 0}, "latent_dim is 0"),
         ({"num_memory_slots": 0}, "num_memory_slots is 0"),
         ({"injection": "none"}, "injection is 'none' but must be one of both, memory, embedding"),
-        ({"injection": "embedding", "num_memory_slots": 2}, "num_memory_slots is 2 but injection 'embedding'"),
+        (
+            {"injection": "embedding", "num_memory_slots": 2},
+            "num_memory_slots is 2 but injection 'embedding'",
+        ),
         ({"add_cross_attention": True}, "leave both False"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tokenisers trained on a few sentences, and a sentence VAE of a few thousand weights, for the tests of vae_lm."""
+"""Tokenisers trained on a few sentences and a sentence VAE of a few thousand weights, to test with."""
 
 import functools
 
@@ -54,7 +54,8 @@ def tokenizers():
 def bert_config(**changes):
     sizes = {"vocab_size": len(tokenizers().encoder), "hidden_size": 16, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32}
-    return BertConfig(**(sizes | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | changes))
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+    return BertConfig(**(sizes | changes))
 
 
 def gpt2_config(**changes):

@@ -18,13 +18,22 @@ import torch
 from einops import rearrange, repeat
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GPT2Config, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from vae_lm import latent
 from vae_lm.cross_entropy import token_nll
 from vae_lm.decoder import LatentGPT2, LatentGPT2Config
 from vae_lm.latent import LatentStatistics, PosteriorMode
 from vae_lm.tokenizers import DECODER_FOLDER, ENCODER_FOLDER, Batch, TextTokenizers, pad_rows
+
+_SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 POOLINGS = ("pooler", "first", "mean")
 
@@ -65,6 +74,7 @@ class OptimusConfig(PreTrainedConfig):
         decoder: a `LatentGPT2Config`, which holds the size of the latent and its injection.
         pooling: feature of a sentence: "pooler" (BERT's own, the original's), "first" token, or "mean" over
             tokens.
+        initializer_range: standard deviation of a new posterior head.
 
     Raises:
         ValueError: a part is missing, or the pooling is unknown.
@@ -77,6 +87,7 @@ class OptimusConfig(PreTrainedConfig):
     encoder: dict[str, Any] | PreTrainedConfig | None = None
     decoder: dict[str, Any] | LatentGPT2Config | None = None
     pooling: str = "pooler"
+    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.encoder, dict):
@@ -120,7 +131,7 @@ class Optimus(PreTrainedModel):
             config.decoder, LatentGPT2Config
         ):
             raise ValueError("the configuration lacks a network: give OptimusConfig an encoder and a decoder")
-        special = [getattr(config.decoder, f"{name}_token_id") for name in ("pad", "bos", "eos")]
+        special = [getattr(config.decoder, name) for name in _SPECIAL_IDS]
         if None in special or len(set(special)) < len(special):
             raise ValueError(
                 f"the decoder's pad, bos and eos tokens are {special} but must be three different ones: set "
@@ -170,36 +181,30 @@ class Optimus(PreTrainedModel):
             ValueError: an option or the tokenisers do not fit the networks.
             FileNotFoundError: a folder or name leads to no tokeniser.
         """
-        added: dict[str, Any] = {
-            "latent_dim": latent_dim,
-            "injection": injection,
-            "num_memory_slots": num_memory_slots,
-        }
         if tokenizers is None and isinstance(encoder, str | Path) and isinstance(decoder, str | Path):
             tokenizers = TextTokenizers.load(encoder, decoder)
-        if isinstance(decoder, str | Path):
-            decoder_model = LatentGPT2.from_pretrained(str(decoder), **added)
-            if tokenizers is not None:
+        head, head_config = None, encoder
+        if isinstance(head_config, str | Path):
+            head = AutoModel.from_pretrained(str(head_config))
+            head_config = head.config
+        tail, tail_config = None, decoder
+        if isinstance(tail_config, str | Path):
+            tail = GPT2LMHeadModel.from_pretrained(str(tail_config))
+            if tokenizers is not None and len(tokenizers.decoder) > tail.config.vocab_size:
                 # Not the mean of the old rows, transformers' default: the original draws new ones afresh.
-                decoder_model.resize_token_embeddings(len(tokenizers.decoder), mean_resizing=False)
-            decoder_config = decoder_model.config
-        else:
-            decoder_config = LatentGPT2Config(**{**decoder.to_dict(), **added, "model_type": "latent_gpt2"})
-            decoder_model = None
+                tail.resize_token_embeddings(len(tokenizers.decoder), mean_resizing=False)
+            tail_config = tail.config
+        options = tail_config.to_dict() | {"model_type": "latent_gpt2", "latent_dim": latent_dim}
+        options |= {"injection": injection, "num_memory_slots": num_memory_slots}
         if tokenizers is not None:
-            for name in ("pad", "bos", "eos"):
-                setattr(decoder_config, f"{name}_token_id", getattr(tokenizers.decoder, f"{name}_token_id"))
-        encoder_model, encoder_config = None, encoder
-        if isinstance(encoder_config, str | Path):
-            encoder_model = AutoModel.from_pretrained(str(encoder))
-            encoder_config = encoder_model.config
-        model = cls(
-            OptimusConfig(encoder=encoder_config, decoder=decoder_config, pooling=pooling), tokenizers
-        )
-        for part, trained in ((model.encoder, encoder_model), (model.decoder, decoder_model)):
+            options |= {name: getattr(tokenizers.decoder, name) for name in _SPECIAL_IDS}
+        config = OptimusConfig(encoder=head_config, decoder=LatentGPT2Config(**options), pooling=pooling)
+        model = cls(config, tokenizers)
+        for part, trained in ((model.encoder, head), (model.decoder, tail)):
             if trained is not None:
-                # A pooler that is not used has been dropped; everything else must be there.
-                part.load_state_dict({name: trained.state_dict()[name] for name in part.state_dict()})
+                state = trained.state_dict()
+                # A pooler that is not used is gone, and the projections are new; all else has its weights.
+                part.load_state_dict({name: state.get(name, own) for name, own in part.state_dict().items()})
         return model
 
     # ---- tokenisers
@@ -227,9 +232,8 @@ class Optimus(PreTrainedModel):
                 f"{tokenizers.encoder.pad_token_id}, but the encoder was made for {encoder.vocab_size} and "
                 f"{encoder.pad_token_id}: give the tokeniser that it was trained with"
             )
-        names = ("pad_token_id", "bos_token_id", "eos_token_id")
-        theirs = [len(tokenizers.decoder), *(getattr(tokenizers.decoder, name) for name in names)]
-        ours = [decoder.vocab_size, *(getattr(decoder, name) for name in names)]
+        theirs = [len(tokenizers.decoder), *(getattr(tokenizers.decoder, name) for name in _SPECIAL_IDS)]
+        ours = [decoder.vocab_size, *(getattr(decoder, name) for name in _SPECIAL_IDS)]
         if theirs != ours:
             raise ValueError(
                 f"the decoder's tokeniser has [size, pad, bos, eos] {theirs} but the decoder was made for "
@@ -442,7 +446,8 @@ class Optimus(PreTrainedModel):
             generation.setdefault("top_k", 0)  # transformers would keep 50
         tokenizers, texts, bos = self.tokenizers, [], self.tokenizers.decoder.bos_token_id
         with self._inference(), _seeded(seed, self.device):
-            for part in latents.to(self.device).split(_at_least_one(batch_size)):
+            for first in range(0, len(latents), _at_least_one(batch_size)):
+                part = latents[first : first + batch_size].to(self.device)
                 start = torch.full((len(part), 1), bos, device=self.device)
                 ids = decoder.generate(
                     start,
@@ -587,7 +592,7 @@ class Optimus(PreTrainedModel):
             raise ValueError(
                 f"the weights in {folder} do not fit its config.json ({found}): save the model again"
             )
-        if (folder / ENCODER_FOLDER).is_dir():
+        if (folder / ENCODER_FOLDER / "tokenizer_config.json").is_file():
             model.tokenizers = TextTokenizers.from_folder(folder)
         if (folder / STATISTICS).is_file():
             stored = load_file(folder / STATISTICS)
