@@ -14,7 +14,7 @@ from tiny_lm import TEXTS, bert_config, gpt2_config, tiny_vae, tokenizers
 from vae_lm import Optimus, TextTokenizers
 from vae_lm.convert import from_released, main, rename_released, save_released, to_released
 
-RELEASED = Path(__file__).parent / "data" / "golden" / "optimus" / "checkpoint_tiny"
+RELEASED = Path(__file__).parent / "data" / "optimus" / "checkpoint_tiny"
 
 
 def expected(name):
