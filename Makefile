@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Everything runs from this checkout, so an edit needs no reinstallation.
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,vln,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,lm,vln,dev]'
 	touch $@
 
 demo: $(VENV)/.ready
@@ -21,7 +21,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict fq
-	$(BIN)/mypy backbones benchmarks vln
+	$(BIN)/mypy backbones benchmarks vae_lm vln
 
 clean:
 	rm -rf $(VENV) build dist demo

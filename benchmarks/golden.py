@@ -186,6 +186,10 @@ def read_case(path: Path) -> Case:
     # Opened here: NumPy leaves a damaged archive open when it gives up.
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in archive.files}
-    metas = [str(arrays.pop(key)) for key in ("meta", "meta_json") if key in arrays]
+    # Where "config" is text it is metadata too; elsewhere it is an array of the file.
+    texts = [
+        key for key in ("meta", "meta_json", "config") if key in arrays and arrays[key].dtype.kind == "U"
+    ]
+    metas = [str(arrays.pop(key)) for key in texts]
     meta = json.loads(metas[0]) if metas else {}
     return Case(path, arrays, meta if isinstance(meta, dict) else {"meta": meta})

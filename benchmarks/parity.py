@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.golden import Case, read_case
 
-CHECKED = ("fq", "biggan", "stylegan2", "ugatit", "navgraph", "vln")
+CHECKED = ("fq", "biggan", "stylegan2", "ugatit", "navgraph", "vln", "optimus")
 """Kinds with a checker, ``check(case)`` of ``benchmarks.parity_KIND``."""
 
 WITH_DATA = ("navgraph", "vln")
