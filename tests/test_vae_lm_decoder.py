@@ -168,6 +168,12 @@ def test_a_text_can_be_continued_from_a_cache_with_gradients():
 # ---- training
 
 
+def recompute(model, *options):
+    """Switch activation checkpointing on; older versions of transformers have another name for it."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(*options)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_activation_checkpointing_repeats_loss_and_gradients_to_the_bit(attention):
     model, z = decoder().train(), latents().requires_grad_()
@@ -175,7 +181,7 @@ def test_activation_checkpointing_repeats_loss_and_gradients_to_the_bit(attentio
     results = []
     for enable in (False, True):
         if enable:
-            model.activation_checkpointing_enable()
+            recompute(model)
         model.zero_grad()
         loss = model(IDS, z).logits.square().mean()
         gradient = torch.autograd.grad(
@@ -187,7 +193,7 @@ def test_activation_checkpointing_repeats_loss_and_gradients_to_the_bit(attentio
 
 def test_reentrant_checkpointing_is_refused_because_it_loses_a_gradient():
     model = decoder().train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    recompute(model, {"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant=False"):
         model(IDS, latents())
 
