@@ -461,8 +461,9 @@ def test_pictures_are_translated_by_command_with_heat_maps(command, data, tmp_pa
             str(tmp_path / "heat"),
         ]
     )
-    plain, heat = (Image.open(tmp_path / name / "0.png") for name in ("plain", "heat"))
-    assert heat.width > 2.8 * plain.width  # the picture, where the generator looks, the translation
+    plain, heat = (np.asarray(Image.open(tmp_path / name / "0.png")) for name in ("plain", "heat"))
+    # The picture, where the generator looks, the translation.
+    assert heat.shape[1] > 2.8 * plain.shape[1]
     with pytest.raises(SystemExit, match=r"there is no picture .*absent\.png"):
         translate.main([str(tmp_path / "run"), str(tmp_path / "absent.png")])
     (tmp_path / "text.png").write_text("no picture")
