@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from backbones import train, train_setup
@@ -159,6 +160,8 @@ class _Turns:
 
     def run(self) -> list[list[float]]:
         """Seconds of every step of every training."""
+        # It belongs to the process and would hold this precision for whatever runs later.
+        AcceleratorState._reset_state(reset_partial_state=True)
         original: Callable[..., None] = train_setup.Reports.finish
         train_setup.Reports.finish = lambda reports, now, terms: self._step_done(terms)  # type: ignore
         try:
@@ -171,6 +174,7 @@ class _Turns:
                 thread.join()
         finally:
             train_setup.Reports.finish = original  # type: ignore
+            AcceleratorState._reset_state(reset_partial_state=True)
         if self._errors:
             raise self._errors[0]
         return self.times
