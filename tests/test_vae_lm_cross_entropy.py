@@ -61,7 +61,10 @@ def test_low_precision_is_summed_in_float32():
     exact = torch.autograd.grad(token_nll(hidden, weight, targets).mean(), (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16):
         nll = token_nll(hidden, weight, targets, rows_at_once=7)
+        with torch.no_grad():
+            assert torch.equal(token_nll(hidden, weight, targets, rows_at_once=7), nll)
     assert nll.dtype == torch.float32
+    assert not torch.equal(nll, token_nll(hidden, weight, targets, rows_at_once=7))
     found = torch.autograd.grad(nll.mean(), (hidden, weight))
     assert [gradient.dtype for gradient in found] == [torch.float32] * 2
     torch.testing.assert_close(found, exact, atol=2e-3, rtol=0.05)

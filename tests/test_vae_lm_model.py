@@ -158,7 +158,7 @@ def test_an_encoder_without_a_pooler_needs_another_pooling():
     with pytest.raises(
         ValueError, match="a distilbert encoder has no pooler: choose pooling 'first' or 'mean'"
     ):
-        tiny_vae(encoder=config).encode(TEXTS)
+        tiny_vae(encoder=config)
     assert tiny_vae(encoder=config, pooling="mean").encode(TEXTS).mu.shape == (len(TEXTS), 5)
 
 

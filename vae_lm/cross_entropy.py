@@ -61,13 +61,12 @@ def token_nll(
         raise ValueError(f"rows_at_once is {rows_at_once} but at least one row is handled at once")
     if row_scale is None:
         row_scale = torch.ones_like(targets, dtype=_wide(hidden.dtype))
-    # A Function sees no difference between a constant and a call under no_grad: without gradients to make,
-    # two of the three products are spared.
+    # Under no_grad, too, a Function is told that its inputs need gradients: two of three products in vain.
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         result: Tensor = _TokenNLL.apply(hidden, weight, targets, row_scale, rows)
         return result
+    cast_hidden, cast_weight = _cast(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        cast_hidden, cast_weight = _cast(hidden, weight)
         nll, _, _ = _pass(cast_hidden, cast_weight, targets, row_scale, rows, (False, False))
     return nll
 

@@ -116,7 +116,7 @@ class Optimus(PreTrainedModel):
         tokenizers: needed by whatever takes or returns texts.
 
     Raises:
-        ValueError: the tokenisers and the networks do not fit.
+        ValueError: networks, tokenisers or pooling do not fit together.
     """
 
     config_class = OptimusConfig
@@ -142,6 +142,9 @@ class Optimus(PreTrainedModel):
         self.encoder = AutoModel.from_config(config.encoder)
         if config.pooling != "pooler" and hasattr(self.encoder, "pooler"):
             self.encoder.pooler = None  # unused parameters would stop distributed training
+        if config.pooling == "pooler" and getattr(self.encoder, "pooler", None) is None:
+            kind = config.encoder.model_type
+            raise ValueError(f"a {kind} encoder has no pooler: choose pooling 'first' or 'mean'")
         # mu and log sigma^2 in one layer, without a bias (as in the original).
         self.posterior_head = nn.Linear(config.encoder.hidden_size, 2 * config.latent_dim, bias=False)
         self.decoder = LatentGPT2(config.decoder)
@@ -277,10 +280,7 @@ class Optimus(PreTrainedModel):
             attention_mask = (encoder_ids != (self.encoder.config.pad_token_id or 0)).long()
         output = self.encoder(input_ids=encoder_ids, attention_mask=attention_mask)
         if self.config.pooling == "pooler":
-            feature = getattr(output, "pooler_output", None)
-            if feature is None:
-                kind = self.encoder.config.model_type
-                raise ValueError(f"a {kind} encoder has no pooler: choose pooling 'first' or 'mean'")
+            feature = output.pooler_output
         elif self.config.pooling == "first":
             feature = output.last_hidden_state[:, 0]
         else:
