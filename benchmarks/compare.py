@@ -164,13 +164,22 @@ def _grids(runs: list[Run], path: Path, *, show_real: bool, columns: int) -> Non
     for axis, (name, file) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
         grid = np.asarray(Image.open(file))
         if isinstance(runs[0].config, UGATITTraining):
-            grid = grid[
-                :, : 2 + columns * (runs[0].config.model.resolution + 2)
-            ]  # tiles between 2-pixel lines
+            grid = first_columns(grid, size=runs[0].config.model.resolution, columns=columns)
         axis.imshow(grid, interpolation="nearest")
         axis.set_title(name)
         axis.set_axis_off()
     figure.savefig(path, dpi=100)
+
+
+def first_columns(grid: np.ndarray, *, size: int, columns: int) -> np.ndarray:
+    """The left part of what `backbones.sample.save_grid` has drawn.
+
+    Args:
+        grid: ``[H, W, 3]``.
+        size: width of a picture before it was enlarged.
+        columns: how many to keep.
+    """
+    return grid[:, : 2 + columns * (size * max(1, 48 // size) + 2)]
 
 
 def _curves(runs: list[Run], keys: list[str], path: Path) -> None:
