@@ -80,7 +80,7 @@ class NetworkConfig:
     """
 
     init: str = ""
-    """Folder of a VAE to go on from, ours or a released checkpoint; takes the place of encoder and decoder."""
+    """Folder of a VAE to go on from, ours or a released checkpoint, in place of encoder and decoder."""
     encoder: str = ""
     """Pre-trained BERT-like encoder, folder or Hub name; empty for random weights."""
     decoder: str = ""

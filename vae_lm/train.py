@@ -193,8 +193,8 @@ def parse(arguments: list[str]) -> Training:
                         prog=f"{command} --config {source}")  # fmt: skip
     about = (
         "Train a sentence VAE (Optimus). Every option of a preset can be changed: see "
-        f"`{command} small --help`. `{command} --config RUN [options]` takes the stored configuration of a run "
-        "instead of a preset. A run that was stopped is resumed by the same command."
+        f"`{command} small --help`. `{command} --config RUN [options]` takes the stored configuration of a "
+        "run instead of a preset. A run that was stopped is resumed by the same command."
     )
     return tyro.extras.overridable_config_cli(
         PRESETS, args=arguments, config=flat, description=about, prog=command

@@ -6,6 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +171,7 @@ def _evaluate_vae(
             sums[0] -= float(network.log_likelihood(ids, mu).sum())
             continue
         estimate = latent.importance_weighted(
-            lambda z, ids=ids: network.log_likelihood(ids, z), mu, logvar,
+            partial(network.log_likelihood, ids), mu, logvar,
             num_samples=num_samples, samples_at_once=min(_DRAWS_AT_ONCE, num_samples), generator=draw,
         )  # fmt: skip
         sums += float(estimate.reconstruction.sum()), float(estimate.log_prob.sum())
@@ -379,9 +380,9 @@ def draw_dimensions(found: Evaluation, path: Path) -> None:
     beside = axes.twinx()
     beside.plot(range(len(order)), found.variance[order].clamp(min=1e-8), "k.", markersize=4)
     beside.set(ylabel="variance of mu (dots)", yscale="log")
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=100, format="png")
-    partial.replace(path)
+    unfinished = path.with_name(f".{path.name}.partial")
+    figure.savefig(unfinished, dpi=100, format="png")
+    unfinished.replace(path)
 
 
 def _sampled(network: PlainGPT2, length: int, seed: int) -> Tensor:

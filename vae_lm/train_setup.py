@@ -218,9 +218,14 @@ def tokenise(config: TextConfig, sentences: Sentences, tokenizers: TextTokenizer
 
 
 def batch_stream(
-    config: Training, sentences: Sentences, corpus: Corpus, tokenizers: TextTokenizers, accelerator: Accelerator,
-    *, start: int,
-) -> Iterator[ItemBatch]:  # fmt: skip
+    config: Training,
+    sentences: Sentences,
+    corpus: Corpus,
+    tokenizers: TextTokenizers,
+    accelerator: Accelerator,
+    *,
+    start: int,
+) -> Iterator[ItemBatch]:
     """Shares of batches from number ``start`` on."""
     shared: dict[str, Any] = {
         "batch_size": config.optim.batch_size,
@@ -252,11 +257,13 @@ class PlainGPT2(nn.Module):
     def __init__(self, gpt2: GPT2LMHeadModel) -> None:
         super().__init__()
         self.gpt2 = gpt2
+        assert isinstance(gpt2.config.pad_token_id, int)
+        self._pad = gpt2.config.pad_token_id
 
     def log_likelihood(self, decoder_ids: Tensor) -> Tensor:
         """log p(x) ``[B]`` of rows ``[B, T]``, summed over predicted tokens."""
         targets = decoder_ids[:, 1:]
-        predicted = targets != self.gpt2.config.pad_token_id
+        predicted: Tensor = targets.ne(self._pad)
         states = self.gpt2.transformer(input_ids=decoder_ids[:, :-1], use_cache=False).last_hidden_state
         nll = token_nll(states[predicted], self.gpt2.lm_head.weight, targets[predicted])
         sentence = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[predicted]
@@ -267,7 +274,7 @@ class PlainGPT2(nn.Module):
     ) -> VAELoss:
         """The same as ``Optimus.forward``, with a KL of 0; what concerns the latent changes nothing."""
         rec = -self.log_likelihood(decoder_ids)
-        count = (decoder_ids != self.gpt2.config.pad_token_id).sum(-1)
+        count = decoder_ids.ne(self._pad).sum(-1)
         return VAELoss(
             rec / count if length_weighted else rec, rec, 0 * rec.detach(), 0 * rec.detach(), count
         )
@@ -462,9 +469,10 @@ def announce(
         accelerator.print(f"{folder} has reached step {first} already")
         return
     doing = f"resuming {config.preset} at step {first}" if first else f"training {config.preset}"
+    size = f"{config.optim.batch_size} x {config.optim.accumulation}"
     accelerator.print(
-        f"{doing} to step {total}: {what}, batches of {config.optim.batch_size} x {config.optim.accumulation}, "
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, into {folder}"
+        f"{doing} to step {total}: {what}, batches of {size}, {accelerator.num_processes} process(es) on "
+        f"{accelerator.device}, into {folder}"
     )
 
 
