@@ -40,8 +40,8 @@ class TextConfig:
     valid: str = ""
     """Held-out sentences, a file or folder; by default the valid split of the data, else held_out of it."""
     held_out: float = 0.05
-    """Share of the data to hold out (at most 2,000 sentences) where it has no valid split; 0 evaluates on the
-    training sentences."""
+    """Share of the data to hold out (at most 2,000 sentences) where it has no valid split; at 0, evaluations
+    are of training sentences."""
     column: str = "text"
     """Column of the text in Arrow files and on the Hub."""
     labelled: bool = False
@@ -57,7 +57,8 @@ class TextConfig:
     cache: str = "runs/tokens"
     """Folder of stored token ids, each under a key of texts, tokenisers and lengths; empty for none."""
     stream: bool = False
-    """Read the data as it is needed instead of holding it in memory; needs steps, and takes --valid."""
+    """Read the data as it is needed instead of holding it in memory: text, or the JSON files of token ids of
+    the original's pre-training, as python -m vae_lm.prepare leaves them."""
     shuffle_buffer: int = 100_000
     """Sentences that a stream holds to draw from."""
 
@@ -69,6 +70,14 @@ class TextConfig:
             raise ValueError(f"held_out is {self.held_out}: give a share from 0 to below 1")
         if self.stream and self.data == "grammar":
             raise ValueError("the grammar is in memory anyway: leave out --stream")
+        untouched = {"max_words": 0, "limit": 0, "labelled": False, "column": "text", "held_out": 0.0}
+        changed = [name for name, value in untouched.items() if getattr(self, name) != value]
+        if self.stream and (changed or self.too_long == "drop"):
+            raise ValueError(
+                f"a stream takes its files as they are, but {', '.join(changed) or 'too_long'} would change "
+                "them: prepare the files beforehand (python -m vae_lm.prepare), and stream them with "
+                "--max-words 0 --held-out 0 --too-long refuse"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

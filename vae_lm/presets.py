@@ -26,7 +26,9 @@ SMALL = Training(
 _LARGE_NETWORKS = NetworkConfig(encoder="bert-base-cased", decoder="gpt2")
 _WIKIPEDIA = Training(
     preset="wikipedia",
-    text=TextConfig(data="data/wikipedia", max_words=63, max_tokens=256, stream=True),
+    text=TextConfig(
+        data="data/wikipedia", held_out=0.0, max_words=0, max_tokens=256, too_long="refuse", stream=True
+    ),
     network=_LARGE_NETWORKS,
     objective=ObjectiveConfig(cycles=10, free_bits=1.0),
     optim=OptimConfig(batch_size=128),

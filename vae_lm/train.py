@@ -28,7 +28,6 @@ from vae_lm.tokenizers import Batch
 from vae_lm.train_reports import Reports
 from vae_lm.train_setup import (
     announce,
-    batch_stream,
     build_network,
     choose_tokenizers,
     derived_seed,
@@ -36,6 +35,7 @@ from vae_lm.train_setup import (
     learning_rate,
     make_accelerator,
     make_optimiser,
+    open_batches,
     open_run,
     prepare,
     read_sentences,
@@ -68,6 +68,7 @@ def train(config: Training) -> Path:
     if options.gradient_checkpointing:
         _checkpoint_activations(network)
     corpus = tokenise(config.text, sentences, tokenizers)
+    source = open_batches(config, sentences, corpus, tokenizers, accelerator)
     total = options.steps or _steps_of_epochs(config, len(corpus.train or ()))
     schedule = optim.schedule_steps or total
     weights = kl_weights(objective, schedule * optim.accumulation)
@@ -76,9 +77,7 @@ def train(config: Training) -> Path:
     net, optimiser = prepare(accelerator, network, make_optimiser(network, optim))
     done = accelerator.prepare_model(Steps(), evaluation_mode=True)
     first = run.resume() or 0
-    stream = batch_stream(
-        config, sentences, corpus, tokenizers, accelerator, start=first * optim.accumulation
-    )
+    stream = source.batches(first * optim.accumulation)
     reports = Reports(
         config, run, accelerator, network=network, corpus=corpus.train, held_out=corpus.valid or corpus.train
     )

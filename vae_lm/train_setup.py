@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def make_accelerator(config: Training) -> Accelerator:
 
 
 class Sentences(NamedTuple):
-    """Filtered texts of both sets, what became of the rest, and files of a stream instead of ``train``."""
+    """Filtered texts of both sets, what became of the rest, and sources of a stream instead of ``train``."""
 
     train: list[str]
     valid: list[str]
@@ -117,11 +117,12 @@ def read_sentences(config: TextConfig, *, seed: int) -> Sentences:
         valid = texts(config.valid, "valid" if is_folder else "train")[0]
         if not valid:
             raise ValueError(f"{config.valid} holds no held-out sentence: one a line was expected")
+    source = Path(config.data).expanduser()
+    if config.stream and source.is_dir():
+        valid = valid or texts(config.data, "valid")[0]
+        return Sentences([], valid, 0, 0, find_files(source) or [source])
     if config.stream:
-        files = find_files(config.data)
-        if not files:
-            raise FileNotFoundError(f"{config.data} holds no file to stream: give a file or a folder of them")
-        return Sentences([], valid, 0, 0, files)
+        return Sentences([], valid, 0, 0, [source])
     train, empty, wordy = texts(config.data, "train")
     if config.limit:
         train = train[: config.limit]
@@ -169,13 +170,14 @@ def choose_tokenizers(config: Training, sentences: Sentences) -> TextTokenizers:
     vocabulary: Any = importlib.import_module("vae_lm.vocabulary")
     texts: Any = sentences.train
     if sentences.stream:
-        lines = itertools.chain.from_iterable(
-            read_file(path, column=config.text.column, labelled=config.text.labelled)
-            for path in sentences.stream
-        )
-        texts = itertools.islice((line.strip() for line in lines if line.strip()), _VOCABULARY_LINES)
+        texts = _first_lines(sentences.stream, _VOCABULARY_LINES)
     learnt: TextTokenizers = vocabulary.train_tokenizers(texts, vocab_size=network.vocab_size)
     return learnt
+
+
+def _first_lines(sources: list[Path], count: int) -> Iterator[str]:
+    lines = (line for source in sources for path in find_files(source) for line in read_file(path))
+    return itertools.islice((line for line in lines if line.strip()), count)
 
 
 class Corpus(NamedTuple):
@@ -200,9 +202,8 @@ def tokenise(config: TextConfig, sentences: Sentences, tokenizers: TextTokenizer
     }
     valid = TokenRows.build(sentences.valid, tokenizers, **options) if sentences.valid else None
     if sentences.stream:
-        names = ", ".join(path.name for path in sentences.stream[:3])
-        more = f" and {len(sentences.stream) - 3} more" * (len(sentences.stream) > 3)
-        return Corpus(None, valid, "", f"stream of {names}{more}, {len(valid or ())} held-out sentences")
+        names = ", ".join(map(str, sentences.stream[:3])) + ", ..." * (len(sentences.stream) > 3)
+        return Corpus(None, valid, "", f"a stream of {names}, {len(valid or ())} sentences held out")
     train = TokenRows.build(sentences.train, tokenizers, **options)
     digest = hashlib.sha256("\n".join([*train.texts, "", *sentences.valid]).encode()).hexdigest()
     held = f"{len(valid)} held out" if valid else "evaluated on themselves"
@@ -217,16 +218,25 @@ def tokenise(config: TextConfig, sentences: Sentences, tokenizers: TextTokenizer
     )
 
 
-def batch_stream(
+class Batches(Protocol):
+    """Where batches come from."""
+
+    def batches(self, start_step: int) -> Iterator[ItemBatch]:
+        """Shares of batches from a number on."""
+
+
+def open_batches(
     config: Training,
     sentences: Sentences,
     corpus: Corpus,
     tokenizers: TextTokenizers,
     accelerator: Accelerator,
-    *,
-    start: int,
-) -> Iterator[ItemBatch]:
-    """Shares of batches from number ``start`` on."""
+) -> Batches:
+    """Batches of this process, from memory or from a stream.
+
+    Raises:
+        FileNotFoundError, ValueError: sources or settings of a stream do not fit.
+    """
     shared: dict[str, Any] = {
         "batch_size": config.optim.batch_size,
         "seed": config.run.seed,
@@ -234,14 +244,24 @@ def batch_stream(
         "world_size": accelerator.num_processes,
     }
     if corpus.train is not None:
-        return training_batches(corpus.train, start_step=start, **shared)
+        return _FromMemory(corpus.train, shared)
     stream: Any = importlib.import_module("vae_lm.stream")
-    source = stream.TextStream(
-        sentences.stream, tokenizers, max_tokens=config.text.max_tokens,
-        shuffle_buffer=config.text.shuffle_buffer, **shared,
-    )  # fmt: skip
-    batches: Iterator[ItemBatch] = source.batches(start)
-    return batches
+    found: Batches = stream.TextStream(
+        sentences.stream,
+        tokenizers,
+        max_tokens=config.text.max_tokens,
+        shuffle_buffer=config.text.shuffle_buffer,
+        **shared,
+    )
+    return found
+
+
+class _FromMemory(NamedTuple):
+    rows: TokenRows
+    options: dict[str, Any]
+
+    def batches(self, start_step: int) -> Iterator[ItemBatch]:
+        return training_batches(self.rows, start_step=start_step, **self.options)
 
 
 # ---- networks
