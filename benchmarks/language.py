@@ -221,7 +221,8 @@ def draw(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
             axis.plot([x for x, _ in line], [y for _, y in line], style, label=CORPORA[name].name)
         if key == "mi":
             axis.axhline(math.log(NUM_EVAL), color="#999999", linewidth=1)
-            axis.text(LAMBDAS[-1], math.log(NUM_EVAL), f"log {NUM_EVAL}", ha="right", va="bottom", fontsize=8)
+            axis.text(0.98, math.log(NUM_EVAL), f"log {NUM_EVAL}", ha="right", va="bottom", fontsize=8,
+                      transform=axis.get_yaxis_transform())  # fmt: skip
         axis.set_xlabel("λ")
         axis.set_title(title)
     axes[0].legend()
