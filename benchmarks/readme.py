@@ -203,13 +203,13 @@ def backbones() -> str:
         "Most runs shared the machine with others, so the seconds are no measurement of FQ. A score by one "
         "network says nothing about a score by another.",
         "",
-        "| run | score | at the first evaluation | at the end | seconds a step |",
-        "|---|---|---|---|---|",
+        "| run | score | at the first evaluation | lowest | at the end | seconds a step |",
+        "|---|---|---|---|---|---|",
     ]
     for folder, what in TRAINED.items():
         path = RESULTS / folder / "results.json"
         if not path.is_file():
-            lines.append(f"| {what} | not yet trained here | | | |")
+            lines.append(f"| {what} | not yet trained here | | | | |")
             continue
         results = json.loads(path.read_text(encoding="utf-8"))
         for run in results["runs"]:
@@ -217,9 +217,11 @@ def backbones() -> str:
             for key, scores in run["scores_by_step"].items():
                 if key.split("[")[0].rpartition("/")[2] == "fd":
                     (first, before), *_, (last, after) = scores.items()
+                    best = min(scores, key=lambda step: scores[step])
                     lines.append(
                         f"| [{what}]({folder}/report.md), {mode} | `{key}` | {before:.4g} (step {first}) | "
-                        f"{after:.4g} (step {last}) | {run['seconds_per_step_median']:.2f} |"
+                        f"{scores[best]:.4g} (step {best}) | {after:.4g} (step {last}) | "
+                        f"{run['seconds_per_step_median']:.2f} |"
                     )
     if (RESULTS / "steps.json").is_file():
         lines += _whole_steps(json.loads((RESULTS / "steps.json").read_text(encoding="utf-8")))
