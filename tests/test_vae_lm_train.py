@@ -233,9 +233,8 @@ def test_one_injection_alone_trains(injection, given, tmp_path):
 
 
 def test_a_plain_gpt2_is_trained_for_comparison(given, tmp_path):
-    records = run(
-        tmp_path / "run", *given, *"--no-latent --steps 12 --lr 0.01 --eval-every 12 --sample-every 12".split()
-    )  # fmt: skip
+    options = "--no-latent --steps 12 --lr 0.01 --eval-every 12 --sample-every 12".split()
+    records = run(tmp_path / "run", *given, *options)
     assert records[11]["rec"] < records[0]["rec"] and records[0]["kl"] == 0
     valid = records[-1]
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "run" / "model")
@@ -243,7 +242,8 @@ def test_a_plain_gpt2_is_trained_for_comparison(given, tmp_path):
     corpus = TokenRows.build(LINES, tokenizers(), max_tokens=32)
     nll = []
     for row in tokenizers().decoder_rows(LINES):
-        logits = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+        with torch.no_grad():
+            logits = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
         nll.append(-float(logits.gather(-1, torch.tensor(row[1:])[:, None]).sum()))
     assert valid["valid/rec"] == pytest.approx(np.mean(nll), rel=1e-4)
     predicted = int(corpus.decoder.lengths.sum()) - 23
