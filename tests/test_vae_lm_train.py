@@ -1,5 +1,7 @@
+import io
 import json
 import re
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,10 +60,12 @@ def run(out, *options):
 def refused(*arguments):
     """What the command said when it stopped with an error."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(SystemExit) as stop:
+    said = io.StringIO()
+    with redirect_stderr(said), redirect_stdout(said), pytest.raises(SystemExit) as stop:
         train.main([str(argument) for argument in arguments])
     assert stop.value.code not in (0, None)
-    return " ".join(str(stop.value.code).split())
+    # tyro draws a box around its messages and breaks lines in it.
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", f"{said.getvalue()} {stop.value.code}").split())
 
 
 def figures(records, *names):
