@@ -31,6 +31,8 @@ SIZES = (
 )
 QUIET = "--sample-every 0 --eval-every 0 --log-every 1 --held-out 0 --batch-size 5 --warmup-steps 0".split()
 
+STREAM = "--stream --held-out 0 --too-long refuse --steps 1"
+
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state(monkeypatch):
@@ -519,6 +521,7 @@ def places(given, tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     (folder / "empty.txt").write_text("\n\n")
     (folder / "one.txt").write_text("a man\n")
+    (folder / "tokens.json").write_text("[]")
     (folder / "full").mkdir()
     (folder / "full" / "note.txt").write_text("mine")
     _tiny().save_pretrained(folder / "vae")
@@ -570,6 +573,9 @@ def places(given, tmp_path_factory):
         ("small --data TEXT --stream --steps 1", "a stream takes its files as they are, but held_out would"),
         ("wikipedia --data TEXT --too-long drop", "a stream takes its files as they are, but too_long would"),
         ("wikipedia --data TEXT --steps 0", "the length of a stream is not known beforehand: give --steps"),
+        (f"small {STREAM} --data FOLDER/tokens.json", "tokens.json has no text to learn a vocabulary from"),
+        (f"small {STREAM} --data FOLDER/none", "no text at .*none: give a file, or a folder"),
+        (f"small {STREAM} --data TEXT --vocab VOCAB --shuffle-buffer 2", "shuffle_buffer is 2 but must hold"),
         ("grammar --stream", "the grammar is in memory anyway: leave out --stream"),
         ("--config", "--config needs a run folder or a config.json after it"),
         ("--config FOLDER", "no configuration at"),
