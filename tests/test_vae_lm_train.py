@@ -1,5 +1,7 @@
+import io
 import json
 import re
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,8 @@ SIZES = (
     "--width 16 --num-heads 2 --encoder-layers 1 --decoder-layers 2 --latent-dim 5 --max-tokens 32".split()
 )
 QUIET = "--sample-every 0 --eval-every 0 --log-every 1 --held-out 0 --batch-size 5 --warmup-steps 0".split()
+
+STREAM = "--stream --held-out 0 --too-long refuse --steps 1"
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +62,12 @@ def run(out, *options):
 def refused(*arguments):
     """What the command said when it stopped with an error."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(SystemExit) as stop:
+    said = io.StringIO()
+    with redirect_stderr(said), redirect_stdout(said), pytest.raises(SystemExit) as stop:
         train.main([str(argument) for argument in arguments])
     assert stop.value.code not in (0, None)
-    return " ".join(str(stop.value.code).split())
+    # tyro draws a box around its messages and breaks lines in it.
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", f"{said.getvalue()} {stop.value.code}").split())
 
 
 def figures(records, *names):
@@ -233,9 +239,8 @@ def test_one_injection_alone_trains(injection, given, tmp_path):
 
 
 def test_a_plain_gpt2_is_trained_for_comparison(given, tmp_path):
-    records = run(
-        tmp_path / "run", *given, *"--no-latent --steps 12 --lr 0.01 --eval-every 12 --sample-every 12".split()
-    )  # fmt: skip
+    options = "--no-latent --steps 12 --lr 0.01 --eval-every 12 --sample-every 12".split()
+    records = run(tmp_path / "run", *given, *options)
     assert records[11]["rec"] < records[0]["rec"] and records[0]["kl"] == 0
     valid = records[-1]
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "run" / "model")
@@ -243,7 +248,8 @@ def test_a_plain_gpt2_is_trained_for_comparison(given, tmp_path):
     corpus = TokenRows.build(LINES, tokenizers(), max_tokens=32)
     nll = []
     for row in tokenizers().decoder_rows(LINES):
-        logits = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+        with torch.no_grad():
+            logits = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
         nll.append(-float(logits.gather(-1, torch.tensor(row[1:])[:, None]).sum()))
     assert valid["valid/rec"] == pytest.approx(np.mean(nll), rel=1e-4)
     predicted = int(corpus.decoder.lengths.sum()) - 23
@@ -515,6 +521,7 @@ def places(given, tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     (folder / "empty.txt").write_text("\n\n")
     (folder / "one.txt").write_text("a man\n")
+    (folder / "tokens.json").write_text("[]")
     (folder / "full").mkdir()
     (folder / "full" / "note.txt").write_text("mine")
     _tiny().save_pretrained(folder / "vae")
@@ -566,6 +573,9 @@ def places(given, tmp_path_factory):
         ("small --data TEXT --stream --steps 1", "a stream takes its files as they are, but held_out would"),
         ("wikipedia --data TEXT --too-long drop", "a stream takes its files as they are, but too_long would"),
         ("wikipedia --data TEXT --steps 0", "the length of a stream is not known beforehand: give --steps"),
+        (f"small {STREAM} --data FOLDER/tokens.json", "tokens.json has no text to learn a vocabulary from"),
+        (f"small {STREAM} --data FOLDER/none", "no text at .*none: give a file, or a folder"),
+        (f"small {STREAM} --data TEXT --vocab VOCAB --shuffle-buffer 2", "shuffle_buffer is 2 but must hold"),
         ("grammar --stream", "the grammar is in memory anyway: leave out --stream"),
         ("--config", "--config needs a run folder or a config.json after it"),
         ("--config FOLDER", "no configuration at"),

@@ -312,15 +312,15 @@ class Training:
 REPORTS = (
     *("run." + name for name in ("out", "trackers", "log_every", "sample_every", "eval_every")),
     *("run." + name for name in ("checkpoint_every", "keep_checkpoints", "num_eval", "importance_samples")),
-    *("text." + name for name in ("data", "valid", "cache")),
+    "text.cache",
 )
-"""Options that may differ when a run is resumed: they change what is reported or where things are, never what
-is computed. (Moved data must be the same sentences: a digest of them is stored too.)"""
+"""Options that may differ when a run is resumed: they change what is reported, never what is computed."""
 
 
 def may_change(config: Training) -> tuple[str, ...]:
-    """`REPORTS`, and the length of a run whose schedules do not depend on it."""
-    return REPORTS + (("run.steps", "run.epochs") if config.optim.schedule_steps else ())
+    """`REPORTS`; the place of sentences whose digest is stored; the length, if no schedule depends on it."""
+    moved = () if config.text.stream else ("text.data", "text.valid")
+    return (*REPORTS, *moved, *(("run.steps", "run.epochs") if config.optim.schedule_steps else ()))
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:

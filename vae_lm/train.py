@@ -142,7 +142,9 @@ def _steps_of_epochs(config: Training, num_sentences: int) -> int:
 
 def _checkpoint_activations(network: nn.Module) -> None:
     inner: Any = getattr(network, "gpt2", network)
-    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers renames it; the old name is the only one in older versions and warns in newer ones.
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

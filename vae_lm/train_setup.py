@@ -176,7 +176,11 @@ def choose_tokenizers(config: Training, sentences: Sentences) -> TextTokenizers:
 
 
 def _first_lines(sources: list[Path], count: int) -> Iterator[str]:
-    lines = (line for source in sources for path in find_files(source) for line in read_file(path))
+    text = [source for source in sources if not source.name.endswith((".json", ".json.gz"))]
+    files = [path for source in text for path in find_files(source)]
+    if not files:
+        raise ValueError(f"{sources[0]} has no text to learn a vocabulary from: give --vocab ENCODER DECODER")
+    lines = (line for path in files for line in read_file(path))
     return itertools.islice((line for line in lines if line.strip()), count)
 
 
