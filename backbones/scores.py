@@ -519,9 +519,9 @@ def _subset(features: Tensor, count: int, seed: int) -> Tensor:
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """|m - m'|^2 + Tr(C + C' - 2 (C C')^(1/2)) of two feature sets (Heusel et al., 2017), by clean-fid.
 
-    Fewer pictures than features leave the covariances singular; a ridge of 1e-10 of the mean variance keeps
-    the matrix root finite and changes the distance by about 1e-5 of its value. The estimate's bias, about
-    proportional to 1/n, remains: compare at equal counts only.
+    Fewer pictures than features leave a covariance singular, and the matrix root may then fail. There the
+    trace of the root is the sum of the singular values of A B^T, for C = A^T A and C' = B^T B. The
+    estimate's bias, about proportional to 1/n, remains: compare at equal counts only.
 
     Args:
         real: ``[N, F]``, N of 2 or more.
@@ -529,15 +529,22 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """
     from cleanfid import fid
 
-    sets = [part.double().cpu().numpy() for part in (real, fake)]
+    sets = [part.double().cpu() for part in (real, fake)]
     means = [part.mean(0) for part in sets]
-    covariances = [np.atleast_2d(np.cov(part, rowvar=False)) for part in sets]
+    if min(len(part) for part in sets) <= real.shape[1]:
+        roots = [(part - mean) / (len(part) - 1) ** 0.5 for part, mean in zip(sets, means, strict=True)]
+        variance = sum(root.square().sum() for root in roots)
+        # R of A = Q R has A^T A = R^T R, too, and no more rows than there are features.
+        first, second = (torch.linalg.qr(r).R if len(r) > r.shape[1] else r for r in roots)
+        cross = torch.linalg.svdvals(first @ second.T).sum()
+        return float((means[0] - means[1]).square().sum() + variance - 2 * cross)
+    covariances = [np.atleast_2d(np.cov(part.numpy(), rowvar=False)) for part in sets]
     ridge = max(1e-10 * float(np.mean([np.diagonal(c).mean() for c in covariances])), 1e-30)
-    first, second = (c + ridge * np.eye(len(c)) for c in covariances)
+    moments = [(m.numpy(), c + ridge * np.eye(len(c))) for m, c in zip(means, covariances, strict=True)]
     with warnings.catch_warnings():
         # clean-fid passes an argument to sqrtm that SciPy 1.18 will drop.
         warnings.filterwarnings("ignore", message="The `disp` argument", category=DeprecationWarning)
-        return float(fid.frechet_distance(means[0], first, means[1], second))
+        return float(fid.frechet_distance(*moments[0], *moments[1]))
 
 
 def kernel_distance(real: Tensor, fake: Tensor, *, seed: int, num_subsets: int = 100) -> float:

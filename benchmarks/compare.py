@@ -98,6 +98,7 @@ def compare(
     extra: str = "",
     more: dict[str, Any] | None = None,
     show_real: bool = True,
+    columns: int = 8,
 ) -> Path:
     """Write report, pictures and results.
 
@@ -109,6 +110,7 @@ def compare(
         extra: Markdown put before the provenance.
         more: entries added to ``results.json``.
         show_real: put real pictures beside the samples; False for data that must not be passed on.
+        columns: of a translation's grid, which shows real pictures: the first ones are shown.
 
     Returns:
         The report.
@@ -118,7 +120,7 @@ def compare(
     """
     keys = _score_keys(runs)
     out.mkdir(parents=True, exist_ok=True)
-    _grids(runs, out / "samples.png", show_real=show_real)
+    _grids(runs, out / "samples.png", show_real=show_real, columns=columns)
     _curves(runs, keys, out / "curves.png")
     quantized = [run for run in runs if run.mode != "none"]
     for run in quantized:
@@ -153,17 +155,31 @@ def _kind(key: str) -> str:
     return _short(key).rpartition("/")[2]
 
 
-def _grids(runs: list[Run], path: Path, *, show_real: bool) -> None:
+def _grids(runs: list[Run], path: Path, *, show_real: bool, columns: int) -> None:
     """Real pictures and every run's last samples, side by side at one scale."""
     real = runs[0].path / "real.png"  # a translation shows real pictures among its samples
     pictures = [("real pictures", real)] if show_real and real.is_file() else []
     pictures += [(run.label, max((run.path / "samples").glob("[0-9]*.png"))) for run in runs]
     figure = Figure(figsize=(4.2 * len(pictures), 4.5), layout="constrained")
     for axis, (name, file) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
-        axis.imshow(np.asarray(Image.open(file)), interpolation="nearest")
+        grid = np.asarray(Image.open(file))
+        if isinstance(runs[0].config, UGATITTraining):
+            grid = first_columns(grid, size=runs[0].config.model.resolution, columns=columns)
+        axis.imshow(grid, interpolation="nearest")
         axis.set_title(name)
         axis.set_axis_off()
     figure.savefig(path, dpi=100)
+
+
+def first_columns(grid: np.ndarray, *, size: int, columns: int) -> np.ndarray:
+    """The left part of what `backbones.sample.save_grid` has drawn.
+
+    Args:
+        grid: ``[H, W, 3]``.
+        size: width of a picture before it was enlarged.
+        columns: how many to keep.
+    """
+    return grid[:, : 2 + columns * (size * max(1, 48 // size) + 2)]
 
 
 def _curves(runs: list[Run], keys: list[str], path: Path) -> None:
@@ -364,12 +380,14 @@ def main() -> None:
     parser.add_argument("--title", default="With and without feature quantisation")
     parser.add_argument("--note", default="", help="sentence under the title: how these settings came about")
     parser.add_argument("--hide-real", action="store_true", help="leave the real pictures out of the report")
+    parser.add_argument("--columns", type=int, default=8, help="pictures of a translation's grid to show")
     options = parser.parse_args()
     try:
         runs = [read_run(path) for path in options.runs]
         report = compare(
-            runs, options.out, title=options.title, note=options.note, show_real=not options.hide_real
-        )
+            runs, options.out, title=options.title, note=options.note, show_real=not options.hide_real,
+            columns=options.columns,
+        )  # fmt: skip
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"written to {report}")

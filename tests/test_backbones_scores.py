@@ -245,6 +245,21 @@ def test_frechet_distance_matches_the_low_rank_form(real: int, fake: int) -> Non
     assert frechet_distance(collapsed, b) == pytest.approx(exact_frechet(collapsed, b), rel=1e-4)
 
 
+@pytest.mark.parametrize(("real", "fake"), [(20, 300), (300, 20), (12, 20)])
+def test_few_pictures_never_reach_the_matrix_root(
+    real: int, fake: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> float:
+        raise ValueError("Imaginary component 0.0058")
+
+    monkeypatch.setattr("cleanfid.fid.frechet_distance", fails)
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(real, 64, generator=rng), 3 * torch.randn(fake, 64, generator=rng) + 1
+    assert frechet_distance(a, b) == pytest.approx(exact_frechet(a, b), rel=1e-9)
+    with pytest.raises(ValueError, match="Imaginary"):
+        frechet_distance(a.repeat(10, 1), b.repeat(10, 1))
+
+
 def test_kernel_distance_repeats_and_leaves_numpy_alone() -> None:
     rng = torch.Generator().manual_seed(0)
     a, b = torch.randn(60, 8, generator=rng), torch.randn(50, 8, generator=rng) + 1

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from backbones import evaluate
 from backbones.presets import PRESETS
+from backbones.sample import save_grid
 from backbones.train import main as train
 from benchmarks import compare, overhead, readme
 from fq.run import read_metrics
@@ -48,6 +51,20 @@ def test_the_report_holds_the_last_scores_of_every_run(runs, tmp_path):
     for name in ("samples.png", "curves.png", "codebooks.png", "codebook_replace.png"):
         assert name in text
         assert min(size_of(tmp_path / "out" / name)) > 100
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_columns_of_a_grid_are_cut_between_pictures(size, tmp_path):
+    save_grid(
+        torch.linspace(-1, 1, 8)[:, None, None, None].expand(8, 3, size, size), tmp_path / "g.png", rows=2
+    )
+    cut = compare.first_columns(np.asarray(Image.open(tmp_path / "g.png")), size=size, columns=3)
+    save_grid(
+        torch.linspace(-1, 1, 8)[[0, 1, 2, 4, 5, 6], None, None, None].expand(6, 3, size, size),
+        tmp_path / "h.png",
+        rows=2,
+    )
+    assert np.array_equal(cut, np.asarray(Image.open(tmp_path / "h.png")))
 
 
 def test_real_pictures_can_be_left_out_of_the_report(runs, tmp_path):

@@ -134,10 +134,11 @@ def read_file(path: Path, *, column: str = "text", labelled: bool = False) -> It
                 if not labelled or not line.strip():
                     yield line
                     continue
-                label, tab, text = line.partition("\t")
+                _, tab, text = line.partition("\t")
                 if not tab:
                     raise ValueError(
-                        f"{path}, line {number} ({line.strip()[:40]!r}) has no tab: label<TAB>text was expected"
+                        f"{path}, line {number} ({line.strip()[:40]!r}) has no tab: label<TAB>text was "
+                        "expected"
                     )
                 yield text
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
