@@ -74,7 +74,7 @@ PRESETS: dict[str, tuple[str, Training]] = {
             network=replace(_SMALL_NETWORKS, vocab_size=1000, dropout=0.0),
             objective=ObjectiveConfig(posterior="mean", beta=0.0, cycles=0, free_bits=0.0),
             optim=OptimConfig(batch_size=50, lr=1e-3, warmup_steps=50),
-            run=RunConfig(steps=1500, sample_every=500, eval_every=500, checkpoint_every=500, num_eval=200),
+            run=RunConfig(steps=600, sample_every=200, eval_every=200, checkpoint_every=200, num_eval=200),
         ),
     ),
     "wikipedia": (

@@ -23,8 +23,8 @@ from vae_lm.data import TokenRows, evaluation_batches
 from vae_lm.generate import interpolation_table, markdown_table
 from vae_lm.latent import PosteriorMode
 from vae_lm.model import Optimus
-from vae_lm.tokenizers import DECODER_FOLDER
-from vae_lm.train_setup import MODEL, PlainGPT2, derived_seed
+from vae_lm.tokenizers import DECODER_FOLDER, TextTokenizers
+from vae_lm.train_setup import MODEL, TOKENIZERS, PlainGPT2, derived_seed
 
 TERMS = ("loss", "rec", "kl", "kl_counted")
 
@@ -316,10 +316,7 @@ class Reports:
         network.train()
         return found
 
-    def _tokenizers(self) -> Any:
-        from vae_lm.tokenizers import TextTokenizers
-        from vae_lm.train_setup import TOKENIZERS
-
+    def _tokenizers(self) -> TextTokenizers:
         return TextTokenizers.from_folder(self.run.path / TOKENIZERS)
 
     def _sentences(self, now: int) -> str:
@@ -375,10 +372,10 @@ def draw_dimensions(found: Evaluation, path: Path) -> None:
     figure = pyplot.Figure(figsize=(6, 2.5), layout="constrained")
     axes = figure.subplots()
     order = found.kl.argsort(descending=True)
-    axes.bar(range(len(order)), found.kl[order], color="tab:blue")
+    axes.bar(range(len(order)), found.kl[order].tolist(), color="tab:blue")
     axes.set(xlabel=f"{len(order)} latent dimensions, by KL", ylabel="mean KL (nats)")
     beside = axes.twinx()
-    beside.plot(range(len(order)), found.variance[order].clamp(min=1e-8), "k.", markersize=4)
+    beside.plot(range(len(order)), found.variance[order].clamp(min=1e-8).tolist(), "k.", markersize=4)
     beside.set(ylabel="variance of mu (dots)", yscale="log")
     unfinished = path.with_name(f".{path.name}.partial")
     figure.savefig(unfinished, dpi=100, format="png")
