@@ -3,7 +3,8 @@
 A corpus of that many lines, and one of a tenth, are made in a temporary folder (eight files, two of them
 packed) and streamed through once, each in a process of its own. What is stated is how far the peak of
 resident memory lies above the memory after imports and tokenisers, lines per second, and how long a stream
-needs to its first batch when it starts at the last step of the epoch.
+needs to its first batch when it starts at the last step of the epoch. With ``--world-size`` the stream is
+that of the first of so many processes, which reads all lines and tokenises its share.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def write_corpus(folder: Path, num_lines: int) -> int:
     return size
 
 
-def measure(folder: Path, vocabulary: Path, *, shuffle_buffer: int, max_seconds: float) -> dict[str, Any]:
+def measure(
+    folder: Path, vocabulary: Path, *, shuffle_buffer: int, max_seconds: float, world_size: int = 1
+) -> dict[str, Any]:
     """Stream one epoch in this process.
 
     Args:
@@ -61,19 +64,21 @@ def measure(folder: Path, vocabulary: Path, *, shuffle_buffer: int, max_seconds:
         vocabulary: folder of both tokenisers.
         shuffle_buffer: lines.
         max_seconds: stop after that long; what is stated is then of the lines seen.
+        world_size: number of processes that this one is the first of.
     """
     tokenizers = TextTokenizers.from_folder(vocabulary)
     before = _memory("VmRSS")
     _forget_peak()
     stream = TextStream(
-        [folder], tokenizers, batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS, shuffle_buffer=shuffle_buffer
-    )
+        [folder], tokenizers, batch_size=BATCH_SIZE * world_size, max_tokens=MAX_TOKENS,
+        shuffle_buffer=shuffle_buffer, world_size=world_size,
+    )  # fmt: skip
     counting = time.perf_counter()
     num_steps = stream.steps_per_epoch
     begin, cpu = time.perf_counter(), time.process_time()
-    lines = tokens = padding = 0
+    lines = tokenised = tokens = padding = 0
     for share in itertools.islice(stream.batches(), num_steps):
-        lines += len(share.items)
+        lines, tokenised = lines + share.num_items, tokenised + len(share.items)
         real = int((share.batch.decoder_ids != tokenizers.decoder.pad_token_id).sum())
         tokens, padding = tokens + real, padding + share.batch.decoder_ids.numel() - real
         if time.perf_counter() - begin > max_seconds:
@@ -85,6 +90,7 @@ def measure(folder: Path, vocabulary: Path, *, shuffle_buffer: int, max_seconds:
     return {
         "lines": stream.num_items,
         "lines_streamed": lines,
+        "lines_tokenised": tokenised,
         "steps_per_epoch": num_steps,
         "counting_seconds": round(begin - counting, 2),
         "memory_before_mib": round(before, 1),
@@ -112,7 +118,7 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def run(num_lines: int, *, shuffle_buffer: int, max_seconds: float) -> dict[str, Any]:
+def run(num_lines: int, *, shuffle_buffer: int, max_seconds: float, world_size: int) -> dict[str, Any]:
     """Measure a corpus of ``num_lines`` lines in a process of its own."""
     with tempfile.TemporaryDirectory() as place:
         corpus, vocabulary = Path(place) / "corpus", Path(place) / "vocabulary"
@@ -121,6 +127,7 @@ def run(num_lines: int, *, shuffle_buffer: int, max_seconds: float) -> dict[str,
         train_tokenizers(splits()["train"], vocab_size=1000).save(vocabulary)
         command = [sys.executable, "-m", "benchmarks.streaming", "--measure", str(corpus), str(vocabulary)]
         command += ["--shuffle-buffer", str(shuffle_buffer), "--max-seconds", str(max_seconds)]
+        command += ["--world-size", str(world_size)]
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = {"corpus_mb": round(size / 1e6, 1)} | json.loads(finished.stdout)
     return result
@@ -134,12 +141,14 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=5_000_000, help="lines of the larger corpus")
     parser.add_argument("--shuffle-buffer", type=int, default=100_000, help="lines shuffled together")
     parser.add_argument("--max-seconds", type=float, default=1800, help="longest stream of one corpus")
+    parser.add_argument("--world-size", type=int, default=1, help="be the first of so many processes")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming.json"))
     parser.add_argument(
         "--measure", nargs=2, type=Path, metavar=("CORPUS", "VOCABULARY"), help="one corpus only"
     )
     options = parser.parse_args()
-    settings = {"shuffle_buffer": options.shuffle_buffer, "max_seconds": options.max_seconds}
+    names = ("shuffle_buffer", "max_seconds", "world_size")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     if options.measure:
         print(json.dumps(measure(*options.measure, **settings)))
         return
@@ -148,7 +157,7 @@ def main() -> None:
     grown = max(result["peak_growth_with_resume_mib"] for result in results)
     record = {
         **settings,
-        "batch_size": BATCH_SIZE,
+        "batch_size": BATCH_SIZE * options.world_size,
         "limit_mib": LIMIT_MIB,
         "passed": grown <= LIMIT_MIB and all(r["lines"] == r["lines_streamed"] for r in results),
         "seconds": round(time.perf_counter() - begin),
