@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_lm import tokenizers
 
-from vae_lm.stream import TextStream, read_record
+from vae_lm.stream import TextStream, read_record, source_files
 from vae_lm.tokenizers import pad_rows
 
 WORDS = "a man is walking his dog in the park two children play football".split()
@@ -249,6 +249,21 @@ def test_token_files_cut_off_or_of_another_kind_are_refused(tmp_path, monkeypatc
 
 
 # ---- what is refused
+
+
+def test_a_folder_stands_for_its_training_files_or_for_all(tmp_path):
+    for name in ("b.txt", "a.json", "c.json.gz", ".d.txt", "notes.md", "train"):
+        (tmp_path / name).write_text("a dog\n", encoding="utf-8")
+
+    def names():
+        return [path.name for path in source_files([tmp_path])]
+
+    assert names() == ["b.txt"]
+    (tmp_path / "b.txt").unlink()
+    assert names() == ["a.json", "c.json.gz"]
+    for name in ("x.train.1.txt", "x.train.0.txt", "x.valid.txt", "x.test.txt"):
+        (tmp_path / name).write_text("a dog\n", encoding="utf-8")
+    assert names() == ["x.train.0.txt", "x.train.1.txt"]
 
 
 def test_bad_sources_are_refused(tmp_path, corpus):

@@ -50,8 +50,8 @@ class TextStream:
     Args:
         sources: files or folders. Text: one sentence a line, blank lines left out. Token files (``.json``,
             ``.json.gz``): a list of objects ``bert_token``, ``bert_token_length``, ``gpt2_token``,
-            ``gpt2_token_length``, special tokens included. A folder stands for all such files in it. All must
-            be of one of both kinds.
+            ``gpt2_token_length``, special tokens included. All must be of one of both kinds; which files a
+            folder stands for, see `source_files`.
         tokenizers: of the model.
         batch_size: items of a batch over all processes.
         max_tokens: most tokens of a row, special tokens included. A longer one stops the stream:
@@ -92,8 +92,8 @@ class TextStream:
             )
         if max_tokens < 3:
             raise ValueError(f"max_tokens is {max_tokens} but a row has two special tokens and one more")
-        self.files = _all_files(sources)
-        kinds = {_is_token_file(path) for path in self.files}
+        self.files = source_files(sources)
+        kinds = {is_token_file(path) for path in self.files}
         if len(kinds) > 1:
             raise ValueError("the sources are text files and token files (.json): give one of both kinds")
         self._has_tokens = kinds == {True}
@@ -180,7 +180,7 @@ class TextStream:
                 raise ValueError(
                     f"{self._place(item)} ({text[:40]!r}...) has {len(head)} tokens for the encoder and "
                     f"{len(tail)} for the decoder but at most {self.max_tokens} are allowed: raise "
-                    "max_tokens, or leave long lines out by python -m vae_lm.prepare"
+                    "max_tokens, or leave long sentences out of text files by python -m vae_lm.prepare"
                 )
         encoder, decoder = self.tokenizers.encoder, self.tokenizers.decoder
         return Batch(pad_rows(heads, encoder.pad_token_id), pad_rows(tails, decoder.pad_token_id))
@@ -261,23 +261,30 @@ def _records(path: Path) -> Iterator[str]:
         )
 
 
-def _is_token_file(path: Path) -> bool:
+def is_token_file(path: Path) -> bool:
+    """Whether a file is named like those that hold token ids instead of text."""
     return path.name.endswith(_TOKEN_FILES)
 
 
-def _all_files(sources: Sequence[str | Path]) -> list[Path]:
+def source_files(sources: Sequence[str | Path]) -> list[Path]:
+    """Files of sources, each a file or a folder.
+
+    A folder stands for its files of the train split (`vae_lm.data.find_files`); where none is named so, for
+    all its text files, or if it has none for its token files, in order of name.
+
+    Raises:
+        TypeError: ``sources`` is one path.
+        FileNotFoundError: a source is missing, or a folder holds no file of a known kind.
+        ValueError: a file of unknown kind.
+    """
     if isinstance(sources, str | Path):
         raise TypeError(f"sources is the path {sources} but several were expected: write [source]")
     found: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()
         if path.is_dir():
-            inside = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
-            files = [known for file in inside if file.is_file() for known in _known(file)]
-            if not files:
-                raise FileNotFoundError(f"no text or token file in {path}: give files of .txt or .json")
-            found += files
-        elif path.is_file() and _is_token_file(path):
+            found += _inside(path)
+        elif path.is_file() and is_token_file(path):
             found.append(path)
         else:
             found += find_files(path)
@@ -286,11 +293,18 @@ def _all_files(sources: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def _known(path: Path) -> list[Path]:
-    """The file if it is of a known kind: others may lie in the same folder."""
-    if _is_token_file(path):
-        return [path]
+def _inside(folder: Path) -> list[Path]:
+    if named := find_files(folder):  # with the held-out files beside them left alone
+        return named
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    found = [file for file in files if _is_text_file(file)] or list(filter(is_token_file, files))
+    if not found:
+        raise FileNotFoundError(f"no text or token file in {folder}: give files of .txt or .json")
+    return found
+
+
+def _is_text_file(path: Path) -> bool:
     try:
-        return find_files(path)
-    except ValueError:
-        return []
+        return bool(find_files(path))
+    except ValueError:  # of another kind
+        return False
