@@ -177,7 +177,9 @@ def decoding(sizes: Sizes, *, rounds: int) -> dict[str, Any]:
     ours, again = results["ours"], model.tokenizers.texts(results["formed again"])
     # What a sentence takes alone, times all of them.
     alone = [seconds * sizes.sentences / len(few) for seconds in spent["one at a time"]]
-    medians = {name: statistics.median(seconds) for name, seconds in (spent | {"one at a time": alone}).items()}
+    medians = {
+        name: statistics.median(seconds) for name, seconds in (spent | {"one at a time": alone}).items()
+    }
     gain = ratios(spent["formed again"], spent["ours"])
     return {
         "sentences": sizes.sentences,

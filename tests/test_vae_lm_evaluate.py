@@ -190,7 +190,7 @@ def test_a_released_checkpoint_can_be_scored(tmp_path, monkeypatch, capsys):
     (tmp_path / "texts.txt").write_text("a dog runs .\nnobody is here\n")
     options = ["--encoder-tokenizer", "E", "--decoder-tokenizer", "D", "--injection", "memory", "--step", "7"]
     main([str(RELEASED), "--data", str(tmp_path / "texts.txt"), "--num-importance", "2", *options])
-    (source, released), = asked
+    ((source, released),) = asked
     assert source == str(RELEASED) and released.injection == "memory" and released.step == 7
     assert (released.encoder_tokenizer, released.decoder_tokenizer) == ("E", "D")
 
@@ -247,4 +247,6 @@ def test_the_table_says_what_is_missing_for_bleu():
     figures = dict.fromkeys(DEFINITIONS, 1.0) | {"bleu": None}
     result = {"data": "x", "num_sentences": 3, "models": {"m": figures}}
     result["settings"] = {"num_importance": 2, "seed": 0, "samples": 4, "top_p": 0.9, "reconstruct": True}
-    assert table(result).endswith("pip install sacrebleu") and "4 samples, top_p 0.9, 3 references" in table(result)
+    assert table(result).endswith("pip install sacrebleu") and "4 samples, top_p 0.9, 3 references" in table(
+        result
+    )

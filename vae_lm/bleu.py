@@ -74,7 +74,9 @@ def self_bleu(texts: Sequence[str], *, order: int = 5) -> float:
     lengths = [len(text.split()) for text in texts]
     total = 0.0
     for index, (text, own) in enumerate(zip(texts, counts, strict=True)):
-        others = {ngram: second[ngram] if count == first[ngram] else first[ngram] for ngram, count in own.items()}
+        others = {
+            ngram: second[ngram] if count == first[ngram] else first[ngram] for ngram, count in own.items()
+        }
         total += _score(text.split(), others, lengths[:index] + lengths[index + 1 :], order)
     return total / len(texts)
 
@@ -102,9 +104,7 @@ def _score(words: Sequence[str], most: dict[Words, int], lengths: Iterable[int],
         totals[len(ngram) - 1] += count
     if not matches[0]:  # not a word in common
         return 0.0
-    precisions = [
-        (match or _NO_MATCH) / max(total, 1) for match, total in zip(matches, totals, strict=True)
-    ]
+    precisions = [(match or _NO_MATCH) / max(total, 1) for match, total in zip(matches, totals, strict=True)]
     closest = min(lengths, key=lambda length: (abs(length - len(words)), length))
     brevity = min(0.0, 1 - closest / len(words))
     return math.exp(brevity + sum(map(math.log, precisions)) / order)

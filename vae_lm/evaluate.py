@@ -283,7 +283,11 @@ def _of_the_texts(
     if config.samples:
         room = model.decoder.config.max_tokens - 1
         drawn = model.sample(
-            config.samples, seed=config.seed, do_sample=True, top_p=config.top_p, max_new_tokens=min(room, 128)
+            config.samples,
+            seed=config.seed,
+            do_sample=True,
+            top_p=config.top_p,
+            max_new_tokens=min(room, 128),
         )
         figures["sample_bleu5"] = bleu(drawn, texts[:MOST_REFERENCES])
         figures["sample_self_bleu5"] = self_bleu(drawn)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vae_lm.convert import from_released
+from vae_lm.latent import LatentStatistics
 from vae_lm.model import Optimus
 from vae_lm.tokenizers import TextTokenizers
 
@@ -90,7 +91,9 @@ def lines(source: str | Path) -> Iterator[str]:
         return
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a file with one text a line, or - for the input")
+        raise FileNotFoundError(
+            f"{path} does not exist: give a file with one text a line, or - for the input"
+        )
     with path.open(encoding="utf-8") as file:
         try:
             yield from (line.strip() for line in file)
@@ -143,12 +146,12 @@ def fields(source: str | Path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
     return rows
 
 
-def latents(path: str | Path, latent_dim: int) -> Tensor:
+def latents(path: str | Path, latent_dim: int | None = None) -> Tensor:
     """A file of latents, as ``python -m vae_lm.embed`` writes them.
 
     Args:
         path: .npy, or .safetensors with a tensor ``mu`` or with one tensor alone.
-        latent_dim: size they must have.
+        latent_dim: size they must have; None takes any.
 
     Returns:
         float32 ``[N, latent_dim]``.
@@ -170,14 +173,29 @@ def latents(path: str | Path, latent_dim: int) -> Tensor:
             raise ValueError("the name must end in .npy or .safetensors")
     except (ValueError, TypeError, EOFError, SafetensorError) as error:
         raise ValueError(f"{path} is no file of latents ({error}): write one with vae_lm.embed") from error
-    if found.ndim != 2 or found.shape[1] != latent_dim or not found.is_floating_point():
+    size = latent_dim or "latent_dim"
+    if found.ndim != 2 or found.shape[1] != (latent_dim or found.shape[1]) or not found.is_floating_point():
         raise ValueError(
-            f"{path} holds {found.dtype} {list(found.shape)} but the model's latents are float "
-            f"[N, {latent_dim}]: give latents of this model"
+            f"{path} holds {found.dtype} {list(found.shape)} but floats [N, {size}] were expected: give "
+            "latents of this model"
         )
     if not bool(found.isfinite().all()):
         raise ValueError(f"{path} holds numbers that are not finite: write it again")
     return found.float()
+
+
+def statistics(model: Optimus) -> LatentStatistics:
+    """Mean and covariance of a model's latents.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if model.latent_statistics is None:
+        raise ValueError(
+            "the model has no latent statistics to whiten by: python -m vae_lm.embed MODEL --statistics takes "
+            "them from a corpus and stores them with it"
+        )
+    return model.latent_statistics
 
 
 def _name(source: str | Path) -> str:
