@@ -1,9 +1,9 @@
 """Speed and memory of the sentence VAE beside plain transformers: ``python -m benchmarks.language_speed``.
 
 Decoding: ours (cached, in batches) against forming the whole text again for every token, against one sentence
-at a time, and against a plain GPT-2. Training: a step of ours against a BERT's and a GPT-2's on the same rows.
-Memory: the peak and the largest tensor of a long step. Weights are random, for no time depends on them. All
-that is compared takes turns in one process of one thread; times are those that the process had the processor.
+at a time, and against a plain GPT-2. Training: a step of ours against one of a BERT and one of a GPT-2.
+Memory: the peak and the largest tensor of a long step. Weights are random; no time depends on them. What
+is compared takes turns in one process of one thread, and is timed by what it had of the processor.
 """
 
 from __future__ import annotations
@@ -353,6 +353,68 @@ def memory(sizes: Sizes) -> dict[str, Any]:
     return found
 
 
+# ---- on a GPU
+
+
+def flop_of_a_step(sizes: Sizes, batch: int, tokens: int) -> float:
+    """Operations of a training step on full rows: products with weights, attention; three times forward."""
+    width, layers = sizes.width, sizes.layers
+    row = 2 * 12 * layers * width**2 + 4 * layers * tokens * width  # both networks are of that shape
+    head = 2 * sizes.vocabulary * width
+    return 3.0 * batch * (tokens * row + (tokens - 1) * (row + head))
+
+
+def on_gpu(
+    sizes: Sizes, *, latent_dim: int, batch: int, tokens: int, steps: int, device: torch.device, roof: float
+) -> dict[str, Any]:
+    """Training in bfloat16 (autocast, weights in float32): rate, share of the peak, memory.
+
+    Args:
+        sizes: of the networks.
+        latent_dim: size of z.
+        batch: rows, all of one length.
+        tokens: of a row.
+        steps: timed ones, after three that warm up.
+        device: to train on.
+        roof: FLOP/s of the device in bfloat16.
+
+    Returns:
+        ``{"tokens_per_second", "step_ms", "percent_of_roof", "peak_mib", ...}``; no memory on a CPU.
+    """
+
+    def loss(model: Optimus, rows: Batch) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return our_loss(model, rows)
+
+    cuda = device.type == "cuda"
+    trainer = Trainer(our_model(sizes._replace(latent_dim=latent_dim)).to(device), loss)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    rows = Batch(*(ids.to(device) for ids in random_batch(sizes, batch, shortest=tokens, longest=tokens)))
+
+    def clock() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for _ in range(3):
+        trainer.step(rows)
+    spent, _ = take_turns({"step": lambda: trainer.step(rows)}, steps, clock)
+    seconds = statistics.median(spent["step"])
+    found = {
+        "latent_dim": latent_dim,
+        "batch": batch,
+        "tokens": tokens,
+        "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+        "step_ms": seconds * 1e3,
+        "tokens_per_second": batch * tokens / seconds,
+        "percent_of_roof": 100 * flop_of_a_step(sizes, batch, tokens) / seconds / roof,
+    }
+    if cuda:
+        found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
 # ---- report
 
 
@@ -360,12 +422,14 @@ def markdown(results: dict[str, Any]) -> str:
     """The figures as Markdown."""
     text = ["# Speed and memory of the sentence VAE", ""]
     sections = {"decoding": _decoding_lines, "training": _training_lines, "memory": _memory_lines}
-    for name, write in sections.items():
-        if name in results:
-            source = results[name]["provenance"]
-            text += [*write(results[name]), "", f"`{source['command']}`, {source['device_name']}, one thread, "
-                     f"torch {source['versions']['torch']}, transformers {source['versions']['transformers']}.",
-                     ""]  # fmt: skip
+    for name in [name for name in sections if name in results]:
+        source = results[name]["provenance"]
+        versions = source["versions"]
+        text += [*sections[name](results[name]), ""]
+        text.append(
+            f"`{source['command']}`, {source['device_name']}, one thread, torch {versions['torch']}, "
+            f"transformers {versions['transformers']}.\n"
+        )
     return "\n".join(text)
 
 
@@ -374,60 +438,64 @@ def _spread(ratio: dict[str, float], sign: str = "x") -> str:
 
 
 def _decoding_lines(found: dict[str, Any]) -> list[str]:
-    lines = [
+    rows = [
+        f"| {name} | {seconds:.2f} | {found['tokens_per_second'][name]:.0f} |"
+        for name, seconds in found["seconds"].items()
+    ]
+    again, alone, price = (
+        _spread(found[name])
+        for name in ("gain over forming again", "gain over one at a time", "price of the latent")
+    )
+    return [
         f"## Decoding {found['sentences']} sentences of {found['tokens']} tokens",
         "",
         "| way | seconds | tokens/s |",
         "|---|---|---|",
-    ]
-    for name, seconds in found["seconds"].items():
-        lines.append(f"| {name} | {seconds:.2f} | {found['tokens_per_second'][name]:.0f} |")
-    return [
-        *lines,
+        *rows,
         "",
-        f"Ours against forming the text again for every token, same batch: "
-        f"{_spread(found['gain over forming again'])}, at least {LEAST_GAIN:.0f}x wanted. Against one sentence "
-        f"at a time: {_spread(found['gain over one at a time'])}. Time over that of a plain GPT-2, which has no "
-        f"latent: {_spread(found['price of the latent'])}. {found['equal texts']:.0%} of the texts are the same "
-        f"both ways. Medians of {found['rounds']} rounds, extremes in brackets.",
+        f"Ours against forming the text again for every token, same batch: {again}, at least "
+        f"{LEAST_GAIN:.0f}x wanted. Against one sentence at a time: {alone}. Time over that of a plain "
+        f"GPT-2, which has no latent: {price}. {found['equal texts']:.0%} of the texts are equal both ways. "
+        f"Medians of {found['rounds']} rounds, extremes in brackets.",
     ]
 
 
 def _training_lines(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for size, row in found["batches"].items():
+        ours, bert, gpt2 = (f"{row['seconds'][name]:.2f}" for name in ("ours", "BERT", "GPT-2"))
+        rows.append(
+            f"| {size} | {row['tokens']} ({row['padded']}) | {ours} | {bert} | {gpt2} | "
+            f"{row['tokens_per_second']:.0f} | {_spread(row['share'], '')} |"
+        )
     shortest, longest = found["lengths"]
-    lines = [
+    return [
         f"## Training step, rows of {shortest} to {longest} tokens",
         "",
-        "| batch | tokens (padded) | ours, s | BERT, s | GPT-2, s | ours, tokens/s | share of 1 / (BERT + GPT-2) |",
+        "| batch | tokens (padded) | ours, s | BERT, s | GPT-2, s | tokens/s | share of 1 / (BERT + GPT-2) |",
         "|---|---|---|---|---|---|---|",
-    ]
-    for size, row in found["batches"].items():
-        seconds = row["seconds"]
-        lines.append(
-            f"| {size} | {row['tokens']} ({row['padded']}) | {seconds['ours']:.2f} | {seconds['BERT']:.2f} | "
-            f"{seconds['GPT-2']:.2f} | {row['tokens_per_second']:.0f} | "
-            f"{_spread(row['share'], '')} |"
-        )
-    return [
-        *lines,
+        *rows,
         "",
-        "Forward, backward and AdamW; BERT through its pooler, without a head; GPT-2 with transformers' loss. At "
-        f"least {LEAST_SHARE} is wanted. Medians of {found['rounds']} rounds, extremes in brackets.",
+        "Forward, backward and AdamW; BERT through its pooler, without a head; GPT-2 with transformers' "
+        f"loss. At least {LEAST_SHARE} is wanted. Medians of {found['rounds']} rounds, extremes in brackets.",
     ]
 
 
 def _memory_lines(found: dict[str, Any]) -> list[str]:
-    lines = [
+    rows = []
+    for kind in ("ours", "plain"):
+        row = found[kind]
+        share = row["largest"] / found["logits"]
+        rows.append(f"| {kind} | {row['peak_mib']:.0f} | {row['largest']:,} | {share:.3f} |")
+    return [
         f"## Memory of a step of {found['batch']} rows of {found['tokens']} tokens",
         "",
         "| model | peak of the process, MiB | largest tensor but weights, elements | share of all logits |",
         "|---|---|---|---|",
+        *rows,
+        "",
+        "Plain is a BERT and a GPT-2 with transformers' loss. A share below 0.25 is wanted.",
     ]
-    for kind in ("ours", "plain"):
-        row = found[kind]
-        share = row["largest"] / found["logits"]
-        lines.append(f"| {kind} | {row['peak_mib']:.0f} | {row['largest']:,} | {share:.3f} |")
-    return [*lines, "", "Plain is a BERT and a GPT-2 with transformers' loss. A share below 0.25 is wanted."]
 
 
 def run(parts: list[str], sizes: Sizes, out: Path, *, rounds: int) -> dict[str, Any]:

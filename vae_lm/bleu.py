@@ -1,8 +1,8 @@
 """BLEU of generated texts: against real ones, and against each other.
 
 Words are what blanks separate. A score of a text is sentence BLEU with equal weights of n-grams of 1 to
-``order`` words (Papineni et al. 2002) and smoothing method 1 of Chen and Cherry (2014): an order without any
-match counts as a match of 0.1. The score of a set is the mean over its texts, as the figures of the paper are.
+``order`` words (Papineni et al. 2002) and smoothing method 1 of Chen and Cherry (2014): an order without
+any match counts as a match of 0.1. The score of a set is the mean over its texts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Latents of texts in a file: ``python -m vae_lm.embed MODEL --input texts.txt --out z.npy``.
 
-Row i is the posterior mean of line i, in float32. Lines are read, encoded and written a few batches at a time,
-so that neither texts nor latents need fit into memory.
+Row i is the posterior mean of line i, in float32. Lines are read, encoded and written a few batches at a
+time, so that neither texts nor latents need fit into memory.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def embed(config: EmbedConfig) -> int:
     model = sources.open_model(config.model, config.released)
     if config.statistics and not (Path(config.model) / "config.json").is_file():
         raise ValueError(
-            f"{config.model} is a released checkpoint, which has no place for statistics: convert it first by "
-            "python -m vae_lm.convert"
+            f"{config.model} is a released checkpoint, which has no place for statistics: convert it first "
+            "by python -m vae_lm.convert"
         )
     whitening = sources.statistics(model) if config.whiten else None
     target = LatentFile(Path(config.out), model.config.latent_dim) if config.out else None

@@ -373,11 +373,10 @@ class Interpolate(_OfTexts):
     decoding: Decoding = field(default_factory=Decoding)
 
     def table(self, model: Optimus) -> Table:
-        """The share of the way, and a column a mode; the number of the pair before it if there are several."""
+        """The share of the way, and a column a mode; numbers of the pairs, if there are several."""
         pairs = self.items(("A", "B"))
-        firsts, seconds = model.encode([text for pair in zip(*pairs, strict=True) for text in pair]).mu.chunk(
-            2
-        )
+        ends = [text for column in zip(*pairs, strict=True) for text in column]
+        firsts, seconds = model.encode(ends).mu.chunk(2)
         ways = [
             latent.interpolate(first, second, steps=self.steps, mode=mode)
             for first, second in zip(firsts, seconds, strict=True)

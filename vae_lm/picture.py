@@ -1,4 +1,4 @@
-"""Pictures of a latent space and of a training: ``python -m vae_lm.picture latents MODEL --out z.png``, and others.
+"""Pictures of a latent space and of trainings: ``python -m vae_lm.picture latents MODEL --out z.png``.
 
 Commands: latents (t-SNE), kl (KL of each dimension), curves (of runs), interpolation (a way as a table).
 """
@@ -9,6 +9,7 @@ import io
 import math
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,10 @@ _CELL_WIDTH = 44
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG at one stroke; its folder is made."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
+    with warnings.catch_warnings():
+        # A model may say any sign; one that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(picture, format="png", dpi=150)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, picture.getvalue())
 
@@ -259,7 +263,7 @@ def _colours(labels: list[str], texts: list[str], count: int) -> tuple[list[Any]
         return [float(label) for label in labels], "label"
     except ValueError as error:
         raise ValueError(
-            f"there are {len(set(labels))} labels: numbers, or at most {_MOST_COLOURS} names, can be told apart"
+            f"there are {len(set(labels))} labels: numbers, or at most {_MOST_COLOURS} names, can be drawn"
         ) from error
 
 

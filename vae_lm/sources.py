@@ -1,4 +1,4 @@
-"""What the commands are given: models from folders or released checkpoints, lines of text, files of latents."""
+"""What the commands are given: models from folders or released checkpoints, lines of text, latents."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def open_model(source: str | Path, released: Released | None = None) -> Optimus:
         )
     elif released != Released():
         raise ValueError(
-            f"{folder} is no released checkpoint: its folder says itself which tokenisers, injection and step "
-            "it has, leave those options out"
+            f"{folder} is no released checkpoint: its folder says itself which tokenisers, injection and "
+            "step it has, leave those options out"
         )
     else:
         model = Optimus.from_pretrained(folder)
@@ -192,8 +192,8 @@ def statistics(model: Optimus) -> LatentStatistics:
     """
     if model.latent_statistics is None:
         raise ValueError(
-            "the model has no latent statistics to whiten by: python -m vae_lm.embed MODEL --statistics takes "
-            "them from a corpus and stores them with it"
+            "the model has no latent statistics to whiten by: python -m vae_lm.embed MODEL --statistics "
+            "takes them from a corpus and stores them with it"
         )
     return model.latent_statistics
 
