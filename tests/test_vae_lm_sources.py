@@ -126,3 +126,11 @@ def test_latents_of_another_size_or_kind_are_refused(tmp_path):
 def test_whitening_needs_statistics():
     with pytest.raises(ValueError, match=r"the model has no latent statistics to whiten by: .* --statistics"):
         sources.statistics(tiny_vae())
+
+
+def test_a_run_folder_leads_to_its_model(tmp_path):
+    model = tiny_vae()
+    model.save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert torch.equal(open_model(tmp_path / "run").posterior_head.weight, model.posterior_head.weight)
+    assert sources.model_folder(tmp_path / "run" / "model") == tmp_path / "run" / "model"

@@ -40,7 +40,7 @@ class EmbedConfig:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """Folder of a model, or of a released checkpoint."""
+    """Folder of a model, of a run, or of a released checkpoint."""
     input: str = sources.STDIN
     """Text file; - is the standard input."""
     out: str = ""
@@ -93,7 +93,8 @@ def embed(config: EmbedConfig) -> int:
         ValueError: a line is blank or too long, there is none, or the model has no statistics to whiten by.
     """
     model = sources.open_model(config.model, config.released)
-    if config.statistics and not (Path(config.model) / "config.json").is_file():
+    folder = sources.model_folder(config.model)
+    if config.statistics and not (folder / "config.json").is_file():
         raise ValueError(
             f"{config.model} is a released checkpoint, which has no place for statistics: convert it first "
             "by python -m vae_lm.convert"
@@ -122,7 +123,7 @@ def embed(config: EmbedConfig) -> int:
             target.close()
     if found:
         model.latent_statistics = found
-        model.save_pretrained(config.model)
+        model.save_pretrained(folder)
     return count
 
 

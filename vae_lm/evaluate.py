@@ -40,7 +40,7 @@ class EvaluateConfig:
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders of models, or of released checkpoints."""
+    """Folders of models, of runs, or of released checkpoints."""
     data: str
     """Text file, one sentence a line; - reads the standard input. Blank lines are left out."""
     num_sentences: int = 0

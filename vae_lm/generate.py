@@ -280,7 +280,7 @@ class _Command:
     """What all commands are given."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Folder of a model, or of a released checkpoint."""
+    """Folder of a model, of a run, or of a released checkpoint."""
     shown: Shown = field(default_factory=Shown)
     released: Released = field(default_factory=Released)
 

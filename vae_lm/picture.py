@@ -65,7 +65,7 @@ def save_table(header: Sequence[str], rows: Sequence[Sequence[str]], path: Path)
     ]
     heights = [max(cell.count("\n") + 1 for cell in row) for row in cells]
     units, lines = sum(widths) + 3 * len(widths), sum(heights) + 0.6 * len(heights)
-    figure = Figure(figsize=(0.085 * units + 0.2, 0.175 * lines + 0.2))
+    figure = Figure(figsize=(0.069 * units + 0.2, 0.175 * lines + 0.2))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(-1, units), ylim=(lines + 0.4, -0.4))
     axes.axis("off")
     top = 0.0
@@ -219,7 +219,7 @@ class Latents:
     """t-SNE of latents, coloured by labels or by the number of words."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder of a model (or of a released checkpoint), or a file of latents that vae_lm.embed wrote."""
+    """Folder of a model (a run, a released checkpoint), or a file of latents that vae_lm.embed wrote."""
     out: str
     """PNG to write."""
     input: str = ""
@@ -272,7 +272,7 @@ class KL:
     """Mean KL of each dimension over texts."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Folder of a model, or of a released checkpoint."""
+    """Folder of a model, of a run, or of a released checkpoint."""
     out: str
     """PNG to write."""
     input: str = sources.STDIN
@@ -314,7 +314,7 @@ class Interpolation:
     """The way from one text to another as a table."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Folder of a model, or of a released checkpoint."""
+    """Folder of a model, of a run, or of a released checkpoint."""
     first: Annotated[str, tyro.conf.Positional]
     """Where it starts."""
     second: Annotated[str, tyro.conf.Positional]

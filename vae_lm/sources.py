@@ -48,14 +48,15 @@ def open_model(source: str | Path, released: Released | None = None) -> Optimus:
     """A model with tokenisers, in eval mode, on the GPU if there is one.
 
     Args:
-        source: folder that ``save_pretrained`` wrote, or one with the folders of a released checkpoint.
+        source: folder that ``save_pretrained`` wrote, a run folder of vae_lm.train, or one with those of
+            a released checkpoint.
         released: what the files of a released checkpoint do not say; nothing for a folder of ours.
 
     Raises:
         FileNotFoundError: there is no model.
         ValueError: weights, tokenisers and options do not fit together.
     """
-    folder, released = Path(source), released or Released()
+    folder, released = model_folder(source), released or Released()
     if any(folder.glob("checkpoint-*-*")) and not (folder / "config.json").is_file():
         if not released.encoder_tokenizer:
             raise ValueError(
@@ -77,6 +78,12 @@ def open_model(source: str | Path, released: Released | None = None) -> Optimus:
         model = Optimus.from_pretrained(folder)
     model.tokenizers  # noqa: B018  a model of token ids alone is refused before any work
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def model_folder(source: str | Path) -> Path:
+    """The folder of a model: the one given, or ``model`` in a run folder of vae_lm.train."""
+    inner = Path(source) / "model"
+    return inner if (inner / "config.json").is_file() else Path(source)
 
 
 def lines(source: str | Path) -> Iterator[str]:
