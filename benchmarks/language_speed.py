@@ -140,7 +140,7 @@ def recompute(model: Optimus, latents: Tensor, *, num_tokens: int) -> Tensor:
     Args:
         model: in eval mode.
         latents: ``[B, d]``.
-        num_tokens: of each text; EOS does not end it and cannot be chosen.
+        num_tokens: of each text; EOS does not end it.
 
     Returns:
         int64 ``[B, 1 + num_tokens]``, BOS first.
@@ -149,13 +149,12 @@ def recompute(model: Optimus, latents: Tensor, *, num_tokens: int) -> Tensor:
     ids = torch.full((len(latents), 1), int(config.bos_token_id or 0))
     for _ in range(num_tokens):
         logits = model.decoder(ids, latents, use_cache=False, logits_to_keep=1).logits[:, -1]
-        logits[:, config.eos_token_id] = -torch.inf
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
     return ids
 
 
 def decoding(sizes: Sizes, *, rounds: int) -> dict[str, Any]:
-    """Texts of one length, by turns in four ways."""
+    """Texts of one length, for nothing ends them, by turns in four ways."""
     torch.manual_seed(0)
     encoder = bert_config(sizes._replace(layers=1))  # no decoding needs it
     model = Optimus.from_backbones(
@@ -163,7 +162,9 @@ def decoding(sizes: Sizes, *, rounds: int) -> dict[str, Any]:
     ).eval()
     plain = GPT2LMHeadModel(gpt2_config(sizes)).eval()
     latents = torch.randn(sizes.sentences, sizes.latent_dim)
-    length = {"min_new_tokens": sizes.tokens, "max_new_tokens": sizes.tokens}
+    for decoder in (model.decoder, plain):
+        decoder.generation_config.eos_token_id = None  # all texts get as long as they may
+    length = {"max_new_tokens": sizes.tokens}
     start = torch.full((sizes.sentences, 1), plain.config.bos_token_id)
     once: Any = plain.generate
     few = latents[: sizes.one_at_a_time]

@@ -50,16 +50,22 @@ def module_memory(sizes):
     return found | sizes_named | {"met": found["ours"]["largest"] < logits / 4}
 
 
-def test_decoding_again_and_again_never_ends_at_eos():
+def test_no_way_of_decoding_ends_at_eos():
     torch.manual_seed(0)
-    model = module.our_model(TINY)
+    model = module.our_model(TINY).eval()
     torch.nn.init.zeros_(model.decoder.transformer.wte.weight)
     with torch.no_grad():
         model.decoder.transformer.wte.weight[-1] = 1.0  # EOS wins wherever the last state is positive
         model.decoder.transformer.ln_f.bias.fill_(1.0)
-    ids = recompute(model.eval(), torch.randn(2, TINY.latent_dim), num_tokens=3)
+    latents = torch.randn(2, TINY.latent_dim)
+    ids = recompute(model, latents, num_tokens=3)
     assert ids.shape == (2, 4) and (ids[:, 0] == TINY.vocabulary - 2).all()
-    assert not (ids == TINY.vocabulary - 1).any()
+    assert (ids[:, 1:] == TINY.vocabulary - 1).all()
+    model.decoder.generation_config.eos_token_id = None
+    start = torch.full((2, 1), TINY.vocabulary - 2)
+    mask = torch.ones_like(start)
+    found = model.decoder.generate(start, latents=latents, attention_mask=mask, max_new_tokens=3)
+    assert torch.equal(found, ids)
 
 
 def test_rows_have_the_same_lengths_for_both_networks():
