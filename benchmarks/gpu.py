@@ -27,6 +27,9 @@ import fq
 from backbones.biggan import BigGANConfig
 from backbones.presets import CIFAR10
 from benchmarks import overhead
+from benchmarks.language_speed import FULL
+from benchmarks.language_speed import TINY as TINY_LANGUAGE
+from benchmarks.language_speed import on_gpu as on_gpu_language
 from benchmarks.peers import SHAPES, Ours, OursRegularize, Shape, Upstream, clustered, exactness, feature_like
 from benchmarks.steps import BACKBONES, on_gpu
 from fq.provenance import provenance
@@ -34,8 +37,10 @@ from fq.run import write_atomically
 from fq.search import nearest, pack, search
 
 TINY = {"T1": Shape(4, 16, 4, 32), "T2": Shape(3, 24, 5, 50)}
+ROOF_BF16 = 790e12
+"""FLOP/s of an H200 with bfloat16, measured."""
 ROOF_TF32 = 395e12
-"""FLOP/s of an H200 with TF32: half of its measured bfloat16 rate (790e12)."""
+"""FLOP/s of an H200 with TF32: half of its measured bfloat16 rate."""
 ROOF_TF32X3 = 132e12
 """A third of it: three products for one, the roof of an exact search."""
 MINUTES = 9.0
@@ -424,6 +429,18 @@ def training(bench: Bench) -> dict[str, Any]:
     return {name: on_gpu(name, steps=steps_each, small=not bench.cuda) for name in BACKBONES}
 
 
+def language(bench: Bench) -> dict[str, Any]:
+    """Training of the sentence VAE at the size of BERT base and GPT-2 in bfloat16, small and large latent."""
+    sizes, batch, tokens = (FULL, 64, 128) if bench.cuda else (TINY_LANGUAGE, 2, 8)
+    return {
+        f"latent {dim}": on_gpu_language(
+            sizes, latent_dim=dim, batch=batch, tokens=tokens, steps=10 if bench.cuda else 2,
+            device=bench.device, roof=ROOF_BF16,
+        )
+        for dim in (32, 768)
+    }  # fmt: skip
+
+
 SECTIONS: dict[str, Section] = {
     "correctness": correctness,
     "compiled": compiled,
@@ -432,6 +449,7 @@ SECTIONS: dict[str, Section] = {
     "speed": speed,
     "discriminator_step": discriminator,
     "training": training,
+    "language": language,
     "bandwidth": bandwidth,
     "sweep": sweep,
 }
@@ -557,6 +575,12 @@ def summary(results: dict[str, Any]) -> str:
     step = results.get("discriminator_step", {})
     if "overhead" in step:
         lines.append(f"discriminator step {step['plain_ms']:.1f} ms, FQ adds {step['overhead']}")
+    for name, row in results.get("language", {}).items():
+        if isinstance(row, dict) and "tokens_per_second" in row:
+            lines.append(
+                f"sentence VAE, {name}: {row['tokens_per_second']:.0f} tokens/s, "
+                f"{row['percent_of_roof']:.0f}% of the roof, {row.get('peak_mib', 0):.0f} MiB"
+            )
     lines += [f"{where}: {error}" for where, error in errors(results)]
     return "\n".join(lines)
 

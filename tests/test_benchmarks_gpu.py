@@ -16,7 +16,10 @@ def test_a_dry_run_goes_through_every_part(tmp_path, capsys):
     assert gpu.errors(results) == []
     assert results["compiled"]["graphs for three batch sizes"] == 1
     assert results["discriminator_step"]["plain_ms"] > 0
-    assert "checks not met: none" in capsys.readouterr().out
+    sizes = {name: row["tokens_per_second"] for name, row in results["language"].items()}
+    assert list(sizes) == ["latent 32", "latent 768"] and min(sizes.values()) > 0
+    printed = capsys.readouterr().out
+    assert "checks not met: none" in printed and "sentence VAE, latent 768: " in printed
 
 
 def test_wrong_codes_and_sums_are_found(monkeypatch):
