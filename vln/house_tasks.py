@@ -1,0 +1,254 @@
+"""Which paths become items: groups that start alike and lead apart, so that only the words tell where to go.
+
+Every group has one start pose, goals that no single place can serve, and paths of one number of edges. A
+group is taken only if, over the split so far, simple habits that do not listen stay near pure chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vln.geometry import HEADING_STEP, NUM_HEADINGS, Camera, nearest_view
+from vln.house_plans import House
+from vln.world import World
+
+SUCCESS_RADIUS = 3.0
+"""Metres (R2R)."""
+_APART = 2 * SUCCESS_RADIUS
+_LONGEST_WALK = 10
+"""Steps after which a walk that looks for a dead end gives up."""
+_ALLOWED = 1.1
+"""How much better than chance a habit may be before groups that help it are refused."""
+HABITS = ("candidate 1", *(f"straight on {steps} steps" for steps in range(1, 9)), "straight on to a dead end",
+          "at random, but stop at dead ends")  # fmt: skip
+"""The first is a share of teacher actions, the others are success rates."""
+
+
+class Group(NamedTuple):
+    """Paths from one pose to goals that lie apart, all of one number of edges."""
+
+    scan_id: str
+    heading: float
+    """At the start, radians; the last digits are those that the files keep."""
+    paths: tuple[tuple[int, ...], ...]
+    """Viewpoint indices."""
+    before: tuple[int, ...]
+    """Shortest path that led to the start, which is its last viewpoint, and perhaps its only one."""
+
+    @property
+    def num_edges(self) -> int:
+        """Of each path."""
+        return len(self.paths[0]) - 1
+
+
+class Walks:
+    """What can be walked in one house, and how far chance and habit get there.
+
+    Args:
+        house: the house.
+        edge_shares: how often a path has so many edges; the walk at random takes its length from here.
+    """
+
+    def __init__(self, house: House, edge_shares: Mapping[int, float]) -> None:
+        self.house = house
+        graph = house.graph
+        self.distances, self.hops = graph.distances, graph.next_hops
+        table = World([graph])
+        self._candidates, followers = table.candidates(Camera()), table.followers(Camera())
+        self.degree = self._candidates.num_candidates
+        row = np.arange(len(self.degree)).repeat(NUM_HEADINGS)
+        place = followers.position[:, 0].reshape(len(self.degree), NUM_HEADINGS)
+        self._ahead = self._candidates.viewpoint[row.reshape(place.shape), place]
+        """int32 ``[V, 12]``: first candidate in the order of how far to turn."""
+        self._arrival = np.zeros((len(self.degree), len(self.degree)), dtype=np.int64)
+        real = self._candidates.viewpoint >= 0
+        source = np.nonzero(real)[0]
+        self._arrival[source, self._candidates.viewpoint[real]] = self._candidates.point_id[real] % NUM_HEADINGS
+        self.edges, self._later, self.by_chance = self._count(max(edge_shares))
+        within = (self.distances < SUCCESS_RADIUS).astype(np.float64)
+        ends, dead = self._chance(edge_shares)
+        self.chance, self.chance_at_dead_ends = ends @ within, dead @ within
+        """float64 ``[V, V]``: chance that a random walk from the one ends near the other."""
+
+    def _count(self, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of all shortest paths ``[V, V]``: edges, at most ``most + 1``; first candidates taken after the
+        first step; and how many a random choice would have taken, first step included.
+        """
+        size = len(self.degree)
+        here, goal = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
+        edges, ahead, chance = (np.zeros((size, size)) for _ in range(3))
+        heading = None
+        for _ in range(most + 1):
+            going = here != goal
+            there = self.hops[here, goal]
+            edges += going
+            chance += going / self.degree[here]
+            if heading is not None:
+                ahead += going & (self._ahead[here, heading] == there)
+            here, heading = there, self._arrival[here, there]
+        return edges.astype(np.int64), ahead, chance
+
+    def _chance(self, edge_shares: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
+        """Where random walks end, ``[V, V]``: after numbers of steps with the shares; the same, but dead ends stop it."""
+        source, target = self.house.graph.edges.T.astype(np.int64)
+        size = len(self.degree)
+        step = np.zeros((size, size))
+        step[source, target] = 1 / self.degree[source]
+        closing = np.where((self.degree == 1)[:, None], np.eye(size), step)
+        at, ends = np.eye(size), np.zeros((size, size))
+        open_, early = step, np.zeros((size, size))
+        for number in range(1, max(edge_shares) + 1):
+            at, open_ = at @ step, open_ @ closing if number > 1 else open_
+            ends += edge_shares.get(number, 0.0) * at
+            early += edge_shares.get(number, 0.0) * open_
+        return ends, early
+
+    def path(self, start: int, goal: int) -> tuple[int, ...]:
+        """Indices of the shortest path, both ends included."""
+        path = [start]
+        while path[-1] != goal:
+            path.append(int(self.hops[path[-1], goal]))
+        return tuple(path)
+
+    def arrival(self, source: int, target: int) -> int:
+        """Heading, a number of 12, with which one arrives from a neighbour."""
+        return int(self._arrival[source, target])
+
+    def straight(self, start: int, heading: float) -> list[int]:
+        """Viewpoints of a walk that takes the first candidate every time."""
+        here, k = start, int(nearest_view(np.array(heading), np.array(0.0))) % NUM_HEADINGS
+        walk = [here]
+        for _ in range(_LONGEST_WALK):
+            there = int(self._ahead[here, k])
+            here, k = there, self.arrival(here, there)
+            walk.append(here)
+        return walk
+
+    def rank_one(self, start: int, goals: np.ndarray, heading: float) -> np.ndarray:
+        """How many steps of the paths to goals take the first candidate, float64 ``[n]``."""
+        k = int(nearest_view(np.array(heading), np.array(0.0))) % NUM_HEADINGS
+        return self._later[start, goals] + (self._ahead[start, k] == self.hops[start, goals])
+
+    def tally(self, group: Group) -> tuple[np.ndarray, np.ndarray]:
+        """Hits of every habit on a group's paths, and what chance would hit, float64 ``[HABITS]`` each."""
+        start = group.paths[0][0]
+        goals = [path[-1] for path in group.paths]
+        walk = self.straight(start, group.heading)
+        dead = next((n for n in range(1, _LONGEST_WALK) if self.degree[walk[n]] == 1), _LONGEST_WALK)
+        near = self.distances[np.ix_(walk, goals)] < SUCCESS_RADIUS
+        chance = float(self.chance[start, goals].sum())
+        hits = [
+            float(self.rank_one(start, np.array(goals), group.heading).sum()),
+            *near[1:9].sum(axis=1).tolist(),
+            float(near[dead].sum()),
+            float(self.chance_at_dead_ends[start, goals].sum()),
+        ]
+        return np.array(hits), np.array([self.by_chance[start, goals].sum(), *[chance] * (len(HABITS) - 1)])
+
+
+def draw_groups(
+    walks: Mapping[str, Walks],
+    wanted: Sequence[int],
+    random: np.random.Generator,
+    *,
+    group_size: int,
+    longest_m: float,
+    taken: set[tuple[str, int, int]],
+    longest_before: int = 0,
+) -> Iterator[Group]:
+    """Groups of paths, spread over houses by their size.
+
+    Args:
+        walks: scan ids to houses.
+        wanted: edges of the paths of each group.
+        random: source of all choices.
+        group_size: paths of a group.
+        longest_m: no path is longer.
+        taken: scan, start and goal of paths that are in use; grows.
+        longest_before: edges of the path that led to a start; the heading is then that of arrival. With 0, and
+            for a start that was drawn without such a path, headings are random.
+
+    Raises:
+        ValueError: the houses do not have so many groups.
+    """
+    names = list(walks)
+    weight = np.array([len(walks[name].degree) for name in names], dtype=np.float64)
+    hits, chance = np.zeros(len(HABITS)), np.zeros(len(HABITS))
+    for number, num_edges in enumerate(wanted):
+        for _ in range(2000):
+            name = names[int(random.choice(len(names), p=weight / weight.sum()))]
+            group = _draw_group(walks[name], num_edges, random, group_size, longest_m, longest_before, taken)
+            if group is None:
+                continue
+            more, by_chance = walks[name].tally(group)
+            worse = (hits + more > _ALLOWED * (chance + by_chance)) & (more > by_chance)
+            if worse.any():
+                continue
+            hits, chance = hits + more, chance + by_chance
+            taken |= {(name, path[0], path[-1]) for path in group.paths}
+            yield group
+            break
+        else:
+            raise ValueError(
+                f"found {number} of {len(wanted)} groups of {group_size} paths in {len(names)} houses: ask "
+                "for fewer or for more houses"
+            )
+
+
+def _draw_group(
+    walks: Walks,
+    num_edges: int,
+    random: np.random.Generator,
+    group_size: int,
+    longest_m: float,
+    longest_before: int,
+    taken: set[tuple[str, int, int]],
+) -> Group | None:
+    scan_id, start = walks.house.scan_id, int(random.integers(len(walks.degree)))
+    heading = round(float(random.uniform(0, 2 * np.pi)), 3)
+    before: tuple[int, ...] = (start,)
+    if longest_before and (edges := int(random.integers(longest_before + 1))):
+        origins = np.flatnonzero(walks.edges[:, start] == edges)
+        if not len(origins):
+            return None
+        before = walks.path(int(random.choice(origins)), start)
+        heading = round(walks.arrival(*before[-2:]) * HEADING_STEP, 3)
+    distance = walks.distances[start]
+    fits = (walks.edges[start] == num_edges) & (distance >= 5.0) & (distance <= longest_m)
+    goals: list[int] = []
+    for goal in _in_order(walks, start, heading, np.flatnonzero(fits), random):
+        apart = all(walks.distances[goal, other] > _APART for other in goals)
+        if apart and (scan_id, start, goal) not in taken:
+            goals.append(goal)
+            if len(goals) == group_size:
+                return Group(scan_id, heading, tuple(walks.path(start, goal) for goal in goals), before)
+    return None
+
+
+def _in_order(
+    walks: Walks, start: int, heading: float, goals: np.ndarray, random: np.random.Generator
+) -> list[int]:
+    """Goals at random, but rather those that one does not get to by walking straight on.
+
+    Shortest paths run straight: left to themselves they take the first candidate twice as often as chance.
+    """
+    excess = walks.rank_one(start, goals, heading) - walks.by_chance[start, goals]
+    met = walks.distances[np.ix_(walks.straight(start, heading), goals)].min(axis=0) < SUCCESS_RADIUS
+    cost = np.maximum(excess, 0) + met + random.uniform(size=len(goals))
+    return goals[np.argsort(cost)].tolist()
+
+
+def edge_pattern(shares: Mapping[int, float], count: int, random: np.random.Generator) -> list[int]:
+    """So many numbers of edges, in the very shares up to rounding, shuffled.
+
+    Example:
+        >>> sorted(edge_pattern({4: 0.5, 5: 0.5}, 4, np.random.default_rng(0)))
+        [4, 4, 5, 5]
+    """
+    bounds = np.cumsum(list(shares.values())) / sum(shares.values())
+    places = np.searchsorted(bounds, (np.arange(count) + 0.5) / count)
+    return random.permutation(np.array(list(shares))[places]).tolist()
+

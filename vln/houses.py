@@ -1,0 +1,192 @@
+"""The embedded world: houses with items and features, made here, with nothing licensed in them.
+
+``python -m vln.houses --out FOLDER`` writes graphs, R2R, NDH and HANNA items, view features and a tokeniser in
+the formats of the real data, so that every other command runs on the folder as on the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vln.house_features import NUM_CONCEPTS, view_features
+from vln.house_items import Place, Row, hanna_routes, hanna_rows, ndh_rows, r2r_rows
+from vln.house_language import Speaker, word_tokenizer
+from vln.house_plans import House, build_house
+from vln.house_tasks import Group, Walks, draw_groups, edge_pattern
+from vln.navgraph import NavGraph
+
+FORMAT = 1
+SPLITS = ("train", "val_seen", "val_unseen")
+HANNA_SPLITS = {"train": "train", "val_seen": "val_seen_env", "val_unseen": "val_unseen_all"}
+EDGE_SHARES = {
+    "r2r": {3: 0.01, 4: 0.35, 5: 0.30, 6: 0.34},
+    "ndh": {3: 0.2, 4: 0.4, 5: 0.4},
+    "hanna": {5: 0.3, 6: 0.4, 7: 0.3},
+}
+"""Numbers of edges of the paths, R2R's as in its unseen validation split."""
+_LONGEST_M = {"r2r": 20.0, "ndh": 20.0, "hanna": 25.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HousesConfig:
+    """Make houses and write them as a data folder.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    seed: int = 0
+    """Of everything; the same seed and numbers give the same bytes."""
+    num_seen: int = 40
+    """Houses to train on; ``val_seen`` is in them, too."""
+    num_unseen: int = 12
+    """Houses of ``val_unseen``, never seen before."""
+    train_groups: int = 800
+    """Groups of R2R paths with one start pose in ``train``; NDH and HANNA get half as many."""
+    val_groups: int = 144
+    """Groups in each of the other splits, for each task."""
+    group_size: int = 4
+    """Paths of a group, at least 3: with one start pose, equally many edges, and goals far from each other."""
+    num_instructions: int = 3
+    """Of each R2R path."""
+    feature_size: int = 64
+    """Width of a view's features."""
+    noise: float = 0.05
+    """Of the features; a thing within reach in the middle of a view counts 1."""
+
+    def __post_init__(self) -> None:
+        bounds = {"seed": 0, "num_seen": 1, "num_unseen": 1, "train_groups": 2, "val_groups": 1, "group_size": 3,
+                  "num_instructions": 1, "feature_size": NUM_CONCEPTS, "noise": 0}  # fmt: skip
+        for name, least in bounds.items():
+            value = getattr(self, name)
+            if not value >= least or value == float("inf"):
+                raise ValueError(f"{name} is {value}: give at least {least}")
+
+
+@dataclass(frozen=True)
+class Houses:
+    """A generated world; rows are those of the published files."""
+
+    config: HousesConfig
+    seen: tuple[House, ...]
+    unseen: tuple[House, ...]
+    r2r: dict[str, list[Row]] = field(default_factory=dict)
+    """Split to rows."""
+    ndh: dict[str, list[Row]] = field(default_factory=dict)
+    hanna: dict[str, list[Row]] = field(default_factory=dict)
+    routes: dict[str, list[Row]] = field(default_factory=dict)
+    """Scan id to HANNA's routes."""
+
+    @property
+    def houses(self) -> tuple[House, ...]:
+        """All, the seen ones first."""
+        return self.seen + self.unseen
+
+    @property
+    def graphs(self) -> dict[str, NavGraph]:
+        """Scan ids to graphs."""
+        return {house.scan_id: house.graph for house in self.houses}
+
+
+def generate(config: HousesConfig) -> Houses:
+    """Make a world.
+
+    Args:
+        config: its numbers.
+
+    Raises:
+        ValueError: the houses are too few or too small for so many groups.
+
+    Example:
+        >>> world = generate(HousesConfig(num_seen=2, num_unseen=1, train_groups=2, val_groups=1))
+        >>> [len(world.r2r[split]) for split in SPLITS]
+        [8, 4, 4]
+    """
+    seen = _build(config, 0, config.num_seen)
+    unseen = _build(config, 1, config.num_unseen)
+    world = Houses(config, seen, unseen)
+    speakers = {house.scan_id: Speaker(house) for house in world.houses}
+    for number, task in enumerate(EDGE_SHARES):
+        places = {
+            house.scan_id: Place(house, Walks(house, EDGE_SHARES[task]), speakers[house.scan_id])
+            for house in world.houses
+        }
+        used: set[tuple[str, int, int]] = set()
+        first_id = 1
+        for part, split in enumerate(SPLITS):
+            random = np.random.default_rng([config.seed, 2, number, part])
+            homes = world.unseen if split == "val_unseen" else world.seen
+            chosen = {house.scan_id: places[house.scan_id] for house in homes}
+            rows: list[Row] = []
+            for group in _groups(config, task, split, chosen, used, random):
+                rows += _rows(config, task, chosen[group.scan_id], group, random, first_id + len(rows))
+            first_id += len(rows)
+            getattr(world, task)[split] = rows
+        if task == "hanna":
+            random = np.random.default_rng([config.seed, 3])
+            inside = {house.scan_id for house in seen}
+            for name, place in places.items():
+                splits = ("train", "val_seen_env") if name in inside else ("val_unseen_all",)
+                world.routes[name] = hanna_routes(place, splits, random)
+    return world
+
+
+def _build(config: HousesConfig, kind: int, count: int) -> tuple[House, ...]:
+    """Houses; each has its own seed, so that more of them leave the first ones as they are."""
+    name = ("seen", "unseen")[kind]
+    return tuple(
+        build_house(f"{name}{number:03d}", np.random.default_rng([config.seed, kind, number]))
+        for number in range(count)
+    )
+
+
+def _groups(
+    config: HousesConfig,
+    task: str,
+    split: str,
+    places: Mapping[str, Place],
+    used: set[tuple[str, int, int]],
+    random: np.random.Generator,
+) -> Iterator[Group]:
+    shared = 1 if task == "r2r" else 2
+    count = config.train_groups // shared if split == "train" else config.val_groups
+    return draw_groups(
+        {name: place.walks for name, place in places.items()},
+        edge_pattern(EDGE_SHARES[task], count, random),
+        random,
+        group_size=config.group_size,
+        longest_m=_LONGEST_M[task],
+        taken=used,
+        longest_before=10 if task == "ndh" else 0,
+    )
+
+
+def _rows(
+    config: HousesConfig, task: str, place: Place, group: Group, random: np.random.Generator, first_id: int
+) -> list[Row]:
+    if task == "r2r":
+        count = config.num_instructions
+        return list(r2r_rows(place, group, random, first_id=first_id, num_instructions=count))
+    make = ndh_rows if task == "ndh" else hanna_rows
+    return list(make(place, group, random, first_id=first_id))
+
+
+def house_features(world: Houses) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    """Scan and viewpoint id with the features of its 36 views, float32 ``[36, D]``, house by house."""
+    config = world.config
+    for kind, houses in enumerate((world.seen, world.unseen)):
+        for number, house in enumerate(houses):
+            random = np.random.default_rng([config.seed, 4, kind, number])
+            features = view_features(
+                house, random, feature_size=config.feature_size, noise=config.noise
+            )
+            for viewpoint_id, views in zip(house.graph.viewpoint_ids, features, strict=True):
+                yield (house.scan_id, viewpoint_id), views
