@@ -80,6 +80,10 @@ _LEAST_SHOWN = 0.2
 """How strongly a view must show what is said to lie there."""
 
 
+_LEAST_CONTRAST = 0.1
+"""By how much the way ahead must show it more strongly than every other way does."""
+
+
 class Mention(NamedTuple):
     """A thing named in an instruction, and the step of the path at whose start it is seen."""
 
@@ -107,6 +111,7 @@ class Speaker:
         world = World([house.graph])
         self._table = world.candidates(Camera())
         self._shown = concept_strengths(house)
+        self._landmarks: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._slots = [
             {int(target): place for place, target in enumerate(row[:count])}
             for row, count in zip(self._table.viewpoint, self._table.num_candidates, strict=True)
@@ -191,22 +196,25 @@ class Speaker:
         self, path: Sequence[int], step: int, came_from: int, random: np.random.Generator
     ) -> int:
         """Something in the view of the way ahead that tells it from the others; -1 if there is nothing."""
-        here, there = path[step], path[step + 1]
+        key = (path[step], path[step + 1], came_from)
+        if key not in self._landmarks:
+            self._landmarks[key] = self._weigh(*key)
+        things, share = self._landmarks[key]
+        return int(things[np.searchsorted(share, random.uniform())]) if len(things) else -1
+
+    def _weigh(self, here: int, there: int, came_from: int) -> tuple[np.ndarray, np.ndarray]:
+        """Things that tell a way from the others, and their shares among what is said of it, summed up."""
         house, view = self.house, self.arrival(here, there)
         seen = np.flatnonzero(house.visible[here])
         seen = seen[self._shown_alone(here, seen, view) > _LEAST_SHOWN]
-        if not len(seen):
-            return -1
         contrast = self._contrast(here, there, came_from)
-        score = contrast[house.nouns[seen]] + np.where(
-            house.colours[seen] >= 0, 0.5 * contrast[len(NOUNS) + house.colours[seen]], 0.0
-        )
-        # Later steps must not contradict: what tells this way may lie beside the next one.
-        good = score > 0.1
-        if not good.any():
-            return -1
-        chance = np.where(good, np.exp(8 * (score - score.max())), 0)
-        return int(random.choice(seen, p=chance / chance.sum()))
+        coloured = contrast[len(NOUNS) + np.maximum(house.colours[seen], 0)] * (house.colours[seen] >= 0)
+        score = contrast[house.nouns[seen]] + 0.5 * coloured
+        seen, score = seen[score > _LEAST_CONTRAST], score[score > _LEAST_CONTRAST]
+        weight = np.exp(8 * (score - score.max(initial=-np.inf)))
+        share = np.cumsum(weight) / weight.sum()
+        share[-1:] = 1.0
+        return seen, share
 
     def _shown_alone(self, here: int, things: np.ndarray, view: int) -> np.ndarray:
         """Strength of single things in a view, ``[n]``."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vln.geometry import HEADING_STEP, NUM_HEADINGS, Camera, nearest_view
+from vln.geometry import HEADING_STEP, NUM_HEADINGS, Camera
 from vln.house_plans import House
 from vln.world import World
 
@@ -49,10 +49,11 @@ class Walks:
 
     Args:
         house: the house.
-        edge_shares: how often a path has so many edges; the walk at random takes its length from here.
+        edge_shares: how often the walk at random has so many edges.
+        most_edges: of the paths that will be asked for.
     """
 
-    def __init__(self, house: House, edge_shares: Mapping[int, float]) -> None:
+    def __init__(self, house: House, edge_shares: Mapping[int, float], *, most_edges: int) -> None:
         self.house = house
         graph = house.graph
         self.distances, self.hops = graph.distances, graph.next_hops
@@ -67,7 +68,8 @@ class Walks:
         real = self._candidates.viewpoint >= 0
         source = np.nonzero(real)[0]
         self._arrival[source, self._candidates.viewpoint[real]] = self._candidates.point_id[real] % NUM_HEADINGS
-        self.edges, self._later, self.by_chance = self._count(max(edge_shares))
+        self.edges, self._later, self.by_chance = self._count(most_edges)
+        self._straight = self._straight_walks()
         within = (self.distances < SUCCESS_RADIUS).astype(np.float64)
         ends, dead = self._chance(edge_shares)
         self.chance, self.chance_at_dead_ends = ends @ within, dead @ within
@@ -117,20 +119,24 @@ class Walks:
         """Heading, a number of 12, with which one arrives from a neighbour."""
         return int(self._arrival[source, target])
 
-    def straight(self, start: int, heading: float) -> list[int]:
-        """Viewpoints of a walk that takes the first candidate every time."""
-        here, k = start, int(nearest_view(np.array(heading), np.array(0.0))) % NUM_HEADINGS
-        walk = [here]
+    def straight(self, start: int, heading: float) -> np.ndarray:
+        """Viewpoints of a walk that takes the first candidate every time, int64 ``[11]``."""
+        return self._straight[start, _nearest(heading)]
+
+    def _straight_walks(self) -> np.ndarray:
+        """Of all starts and headings, int64 ``[V, 12, 11]``."""
+        here, k = np.meshgrid(np.arange(len(self.degree)), np.arange(NUM_HEADINGS), indexing="ij")
+        walks = [here]
         for _ in range(_LONGEST_WALK):
-            there = int(self._ahead[here, k])
-            here, k = there, self.arrival(here, there)
-            walk.append(here)
-        return walk
+            there = self._ahead[here, k]
+            here, k = there, self._arrival[here, there]
+            walks.append(here)
+        return np.stack(walks, axis=-1)
 
     def rank_one(self, start: int, goals: np.ndarray, heading: float) -> np.ndarray:
         """How many steps of the paths to goals take the first candidate, float64 ``[n]``."""
-        k = int(nearest_view(np.array(heading), np.array(0.0))) % NUM_HEADINGS
-        return self._later[start, goals] + (self._ahead[start, k] == self.hops[start, goals])
+        first = self._ahead[start, _nearest(heading)] == self.hops[start, goals]
+        return self._later[start, goals] + first
 
     def tally(self, group: Group) -> tuple[np.ndarray, np.ndarray]:
         """Hits of every habit on a group's paths, and what chance would hit, float64 ``[HABITS]`` each."""
@@ -147,6 +153,11 @@ class Walks:
             float(self.chance_at_dead_ends[start, goals].sum()),
         ]
         return np.array(hits), np.array([self.by_chance[start, goals].sum(), *[chance] * (len(HABITS) - 1)])
+
+
+def _nearest(heading: float) -> int:
+    """Number of 12 of a heading in [0, 2 pi]."""
+    return int(heading / HEADING_STEP + 0.5) % NUM_HEADINGS
 
 
 def draw_groups(
@@ -220,8 +231,7 @@ def _draw_group(
     fits = (walks.edges[start] == num_edges) & (distance >= 5.0) & (distance <= longest_m)
     goals: list[int] = []
     for goal in _in_order(walks, start, heading, np.flatnonzero(fits), random):
-        apart = all(walks.distances[goal, other] > _APART for other in goals)
-        if apart and (scan_id, start, goal) not in taken:
+        if (walks.distances[goal, goals] > _APART).all() and (scan_id, start, goal) not in taken:
             goals.append(goal)
             if len(goals) == group_size:
                 return Group(scan_id, heading, tuple(walks.path(start, goal) for goal in goals), before)

@@ -113,12 +113,12 @@ def generate(config: HousesConfig) -> Houses:
     seen = _build(config, 0, config.num_seen)
     unseen = _build(config, 1, config.num_unseen)
     world = Houses(config, seen, unseen)
-    speakers = {house.scan_id: Speaker(house) for house in world.houses}
+    most = max(max(shares) for shares in EDGE_SHARES.values())
+    places = {
+        house.scan_id: Place(house, Walks(house, EDGE_SHARES["r2r"], most_edges=most), Speaker(house))
+        for house in world.houses
+    }
     for number, task in enumerate(EDGE_SHARES):
-        places = {
-            house.scan_id: Place(house, Walks(house, EDGE_SHARES[task]), speakers[house.scan_id])
-            for house in world.houses
-        }
         used: set[tuple[str, int, int]] = set()
         first_id = 1
         for part, split in enumerate(SPLITS):
