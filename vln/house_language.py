@@ -84,6 +84,10 @@ _LEAST_CONTRAST = 0.1
 """By how much the way ahead must show it more strongly than every other way does."""
 
 
+_FORESIGHT, _CARE = 0.5, 10.0
+"""Weight of what a word would say at the other steps; how strictly the best thing is preferred."""
+
+
 class Mention(NamedTuple):
     """A thing named in an instruction, and the step of the path at whose start it is seen."""
 
@@ -111,7 +115,9 @@ class Speaker:
         world = World([house.graph])
         self._table = world.candidates(Camera())
         self._shown = concept_strengths(house)
-        self._landmarks: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._contrasts: dict[tuple[int, int, int], np.ndarray] = {}
+        self._ahead: dict[tuple[int, int], np.ndarray] = {}
+        self._last: tuple[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = ((), [])
         self._slots = [
             {int(target): place for place, target in enumerate(row[:count])}
             for row, count in zip(self._table.viewpoint, self._table.num_candidates, strict=True)
@@ -135,11 +141,12 @@ class Speaker:
         clauses: list[str] = []
         mentions: list[Mention] = []
         view, last = None, -1
+        ways = self._landmarks(tuple(path))
         for step, (here, there) in enumerate(zip(path, path[1:], strict=False)):
             side = self._side(here, there, heading if view is None else (view % NUM_HEADINGS) * HEADING_STEP)
             view = self.arrival(here, there)
-            came_from = path[step - 1] if step else -1
-            thing = self._landmark(path, step, came_from, random)
+            things, share = ways[step]
+            thing = int(things[np.searchsorted(share, random.uniform())]) if len(things) else -1
             if thing == last and thing >= 0:
                 if random.uniform() < 0.3:
                     clauses.append(_pick(random, _ON))
@@ -185,36 +192,43 @@ class Speaker:
 
     def _contrast(self, here: int, there: int, came_from: int) -> np.ndarray:
         """How much better the way ahead shows each concept than any other way does, ``[NUM_CONCEPTS]``."""
-        views = {
-            target: int(self._table.point_id[here, slot]) for target, slot in self._slots[here].items()
-        }
-        ahead = self._shown[here, views[there]]
-        others = [view for target, view in views.items() if target not in (there, came_from)]
-        return ahead - self._shown[here, others].max(axis=0) if others else ahead
+        key = (here, there, came_from)
+        if key not in self._contrasts:
+            views = {target: int(self._table.point_id[here, slot]) for target, slot in self._slots[here].items()}
+            ahead = self._shown[here, views[there]]
+            others = [view for target, view in views.items() if target not in (there, came_from)]
+            self._contrasts[key] = ahead - self._shown[here, others].max(axis=0) if others else ahead
+        return self._contrasts[key]
 
-    def _landmark(
-        self, path: Sequence[int], step: int, came_from: int, random: np.random.Generator
-    ) -> int:
-        """Something in the view of the way ahead that tells it from the others; -1 if there is nothing."""
-        key = (path[step], path[step + 1], came_from)
-        if key not in self._landmarks:
-            self._landmarks[key] = self._weigh(*key)
-        things, share = self._landmarks[key]
-        return int(things[np.searchsorted(share, random.uniform())]) if len(things) else -1
+    def _landmarks(self, path: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For every step, the things in the view of the way ahead that tell it from the others, and their
+        shares among what is said of it, summed up.
 
-    def _weigh(self, here: int, there: int, came_from: int) -> tuple[np.ndarray, np.ndarray]:
-        """Things that tell a way from the others, and their shares among what is said of it, summed up."""
-        house, view = self.house, self.arrival(here, there)
-        seen = np.flatnonzero(house.visible[here])
-        seen = seen[self._shown_alone(here, seen, view) > _LEAST_SHOWN]
-        contrast = self._contrast(here, there, came_from)
-        coloured = contrast[len(NOUNS) + np.maximum(house.colours[seen], 0)] * (house.colours[seen] >= 0)
-        score = contrast[house.nouns[seen]] + 0.5 * coloured
-        seen, score = seen[score > _LEAST_CONTRAST], score[score > _LEAST_CONTRAST]
-        weight = np.exp(8 * (score - score.max(initial=-np.inf)))
-        share = np.cumsum(weight) / weight.sum()
-        share[-1:] = 1.0
-        return seen, share
+        What points a wrong way elsewhere on the path is said less.
+        """
+        if self._last[0] == path:
+            return self._last[1]
+        steps = list(zip(path, path[1:], (-1, *path), strict=False))
+        contrasts = np.array([self._contrast(*step) for step in steps])
+        astray = np.minimum(contrasts, 0).sum(axis=0)
+        found = []
+        for (here, there, _), contrast in zip(steps, contrasts, strict=True):
+            value = contrast + np.where(contrast > 0, _FORESIGHT * astray, 0)
+            key = (here, there)
+            if key not in self._ahead:
+                seen = np.flatnonzero(self.house.visible[here])
+                self._ahead[key] = seen[self._shown_alone(here, seen, self.arrival(here, there)) > _LEAST_SHOWN]
+            seen = self._ahead[key]
+            colours = self.house.colours[seen]
+            score = value[self.house.nouns[seen]] + 0.5 * value[len(NOUNS) + np.maximum(colours, 0)] * (colours >= 0)
+            plain = contrast[self.house.nouns[seen]] + 0.5 * contrast[len(NOUNS) + colours] * (colours >= 0)
+            good = plain > _LEAST_CONTRAST
+            weight = np.exp(_CARE * (score[good] - score[good].max(initial=-np.inf)))
+            share = np.cumsum(weight) / weight.sum()
+            share[-1:] = 1.0
+            found.append((seen[good], share))
+        self._last = path, found
+        return found
 
     def _shown_alone(self, here: int, things: np.ndarray, view: int) -> np.ndarray:
         """Strength of single things in a view, ``[n]``."""
