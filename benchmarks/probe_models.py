@@ -1,9 +1,9 @@
 """Bilinear probes of a world: can words be matched to views, and does anything else tell the way?
 
-Score of a candidate with features x and an instruction with words b (share of each word): ``b W x + v x``. No
-hidden layer, no memory. STOP is scored the same way on what the place itself shows, and on how many steps were
-made. A *blind* probe has the features set to zero and keeps the angles; a *deaf* one always reads one constant
-instruction.
+Score of a candidate with features x and an instruction with words b (how often each): ``b W x + v x``. No
+hidden layer, no memory. STOP is scored the same way on what the place itself shows, and on how many steps
+were made. A *blind* probe has the features set to zero and keeps the angles; a *deaf* one always reads one
+constant instruction.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Items(NamedTuple):
     headings: np.ndarray
     """float64 ``[N]``."""
     words: Tensor
-    """float32 ``[N, W]``: share of each word of the vocabulary."""
+    """float32 ``[N, W]``: how often each word of the vocabulary occurs."""
     paths: tuple[tuple[int, ...], ...]
     """The world's numbers."""
 
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 
 @dataclass
 class Sight:
-    """What probes see: the features of every view, float32 ``[V, 36, D]``, and their mean over the level row."""
+    """What probes see: the features of all views, float32 ``[V, 36, D]``, and their mean at each viewpoint."""
 
     views: Tensor
     level: Tensor
@@ -77,7 +77,7 @@ class Sight:
 
 
 def read_items(items: Sequence[R2RItem], world: World, vocabulary: Sequence[str]) -> Items:
-    """Every instruction of R2R items, with its share of each word.
+    """Every instruction of R2R items, with how often it has each word.
 
     Raises:
         ValueError: an instruction has no word of the vocabulary.
@@ -127,7 +127,6 @@ def teacher_rows(items: Items, world: World) -> Rows:
     """All steps of the items' paths, STOP at the end included."""
     simulator = PanoramicSimulator(world, batch_size=len(items.starts))
     now = simulator.new_episodes(items.scan_ids, items.starts, items.headings)
-    rows = np.arange(len(items.starts))
     longest = max(map(len, items.paths))
     paths = np.array([path + path[-1:] * (longest - len(path)) for path in items.paths])
     lengths = np.array([len(path) for path in items.paths])
@@ -148,7 +147,12 @@ def teacher_rows(items: Items, world: World) -> Rows:
 def _candidates(now: Panorama) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     listed = now.point_id >= 0
     angles = np.stack(
-        [np.sin(now.rel_heading), np.cos(now.rel_heading), np.sin(now.rel_elevation), np.cos(now.rel_elevation)],
+        [
+            np.sin(now.rel_heading),
+            np.cos(now.rel_heading),
+            np.sin(now.rel_elevation),
+            np.cos(now.rel_elevation),
+        ],
         axis=-1,
     )
     return np.maximum(now.point_id, 0).astype(np.int64), angles.astype(np.float32), listed
@@ -173,7 +177,14 @@ class Probe(torch.nn.Module):
         self.stops = torch.nn.Parameter(torch.zeros(num_words + 1, feature_size + _STEP_SLOTS))
 
     def forward(
-        self, words: Tensor, sight: Sight, viewpoint: Tensor, view: Tensor, angles: Tensor, listed: Tensor, step: Tensor
+        self,
+        words: Tensor,
+        sight: Sight,
+        viewpoint: Tensor,
+        view: Tensor,
+        angles: Tensor,
+        listed: Tensor,
+        step: Tensor,
     ) -> Tensor:
         """Scores ``[B, C + 1]``, STOP last; -inf where there is no candidate."""
         if self.deaf:

@@ -28,7 +28,7 @@ _REACH = 1.5
 
 @lru_cache(maxsize=8)
 def concept_vectors(feature_size: int) -> np.ndarray:
-    """Direction of every concept, float32 ``[NUM_CONCEPTS, D]`` with orthonormal rows, the same in all worlds.
+    """Direction of every concept, float32 ``[NUM_CONCEPTS, D]``, orthonormal rows, the same in all worlds.
 
     Raises:
         ValueError: there are fewer directions than concepts.

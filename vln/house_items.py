@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Place(NamedTuple):
 
     def length(self, path: Sequence[int]) -> float:
         """Metres."""
-        return float(sum(self.walks.distances[a, b] for a, b in zip(path, path[1:], strict=False)))
+        return float(sum(self.walks.distances[a, b] for a, b in itertools.pairwise(path)))
 
 
 def r2r_rows(
@@ -151,7 +152,10 @@ def _dialogue(place: Place, group: Group, random: np.random.Generator) -> list[R
     for first in range(0, len(group.before) - 1, _LONGEST_ANSWER):
         part = group.before[first : first + _LONGEST_ANSWER + 1]
         told = place.speaker.describe(part, heading, random, stop=False).text
-        messages += [_message(first, "navigator", place.speaker.ask(part[0], random)), _message(first, "oracle", told)]
+        messages += [
+            _message(first, "navigator", place.speaker.ask(part[0], random)),
+            _message(first, "oracle", told),
+        ]
         heading = place.speaker.arrival(*part[-2:]) % 12 * np.pi / 6
     return messages
 

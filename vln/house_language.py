@@ -6,15 +6,16 @@ chooses among several ways to say it. Listeners get text, never the choice behin
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vln.geometry import HEADING_STEP, NUM_HEADINGS, Camera
 from vln.house_features import concept_strengths
-from vln.house_plans import CLASSES, COLOURS, NOUNS, ROOM_KINDS, House
+from vln.house_plans import COLOURS, NOUNS, ROOM_KINDS, House
 from vln.world import World
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -44,8 +45,9 @@ SYNONYMS = {
 """Words for the nouns and colours that have several."""
 
 _AHEAD = (
-    "{go} towards the {thing}", "{go} to the {thing}", "{go} in the direction of the {thing}", "head for the {thing}",
-    "keep the {thing} in front of you", "follow the way that leads to the {thing}", "aim for the {thing}",
+    "{go} towards the {thing}", "{go} to the {thing}", "{go} in the direction of the {thing}",
+    "head for the {thing}", "keep the {thing} in front of you", "follow the way that leads to the {thing}",
+    "aim for the {thing}",
 )  # fmt: skip
 _TURNED = (
     "turn {side} towards the {thing}", "go {side} at the {thing}", "make a {side} and {go} to the {thing}",
@@ -70,11 +72,11 @@ _STOP = (
 _STOP_BARE = ("stop there", "wait there")
 _GO = ("go", "walk", "head", "move")
 _THEN = ("then ", "", "", "next ", "after that ")
-_FIND = ("find the {thing} in the {room}", "look for the {thing} in the {room}", "where is the {thing} of the {room}",
-         "get to the {thing} in the {room}")  # fmt: skip
+_FIND = ("find the {thing} in the {room}", "where is the {thing} of the {room}",
+         "look for the {thing} in the {room}", "get to the {thing} in the {room}")  # fmt: skip
 _ASK = (
-    "which way should i go now", "where do i go next", "should i go on from here", "i am near the {thing} , what now",
-    "i see the {thing} , which way",
+    "which way should i go now", "where do i go next", "should i go on from here",
+    "i am near the {thing} , what now", "i see the {thing} , which way",
 )  # fmt: skip
 _LEAST_SHOWN = 0.2
 """How strongly a view must show what is said to lie there."""
@@ -142,7 +144,7 @@ class Speaker:
         mentions: list[Mention] = []
         view, last = None, -1
         ways = self._landmarks(tuple(path))
-        for step, (here, there) in enumerate(zip(path, path[1:], strict=False)):
+        for step, (here, there) in enumerate(itertools.pairwise(path)):
             side = self._side(here, there, heading if view is None else (view % NUM_HEADINGS) * HEADING_STEP)
             view = self.arrival(here, there)
             things, share = ways[step]
@@ -161,13 +163,17 @@ class Speaker:
                            .replace("{thing}", words))  # fmt: skip
         if stop:
             clauses.append(self._stop(path, random, mentions))
-        joined = " . ".join((_pick(random, _THEN) if number else "") + text for number, text in enumerate(clauses))
+        joined = " . ".join(
+            (_pick(random, _THEN) if number else "") + text for number, text in enumerate(clauses)
+        )
         return Instruction(_with_go(joined, random) + " .", tuple(mentions))
 
     def find(self, thing: int, room: int, random: np.random.Generator) -> str:
         """Request to find a thing."""
         kind = _word(self.house.rooms[room].kind, random)
-        return _pick(random, _FIND).replace("{thing}", self._name(thing, random)).replace("{room}", kind) + " ."
+        return (
+            _pick(random, _FIND).replace("{thing}", self._name(thing, random)).replace("{room}", kind) + " ."
+        )
 
     def ask(self, viewpoint: int, random: np.random.Generator) -> str:
         """Question of a navigator that stands somewhere."""
@@ -194,7 +200,9 @@ class Speaker:
         """How much better the way ahead shows each concept than any other way does, ``[NUM_CONCEPTS]``."""
         key = (here, there, came_from)
         if key not in self._contrasts:
-            views = {target: int(self._table.point_id[here, slot]) for target, slot in self._slots[here].items()}
+            views = {
+                target: int(self._table.point_id[here, slot]) for target, slot in self._slots[here].items()
+            }
             ahead = self._shown[here, views[there]]
             others = [view for target, view in views.items() if target not in (there, came_from)]
             self._contrasts[key] = ahead - self._shown[here, others].max(axis=0) if others else ahead
@@ -217,10 +225,14 @@ class Speaker:
             key = (here, there)
             if key not in self._ahead:
                 seen = np.flatnonzero(self.house.visible[here])
-                self._ahead[key] = seen[self._shown_alone(here, seen, self.arrival(here, there)) > _LEAST_SHOWN]
+                self._ahead[key] = seen[
+                    self._shown_alone(here, seen, self.arrival(here, there)) > _LEAST_SHOWN
+                ]
             seen = self._ahead[key]
             colours = self.house.colours[seen]
-            score = value[self.house.nouns[seen]] + 0.5 * value[len(NOUNS) + np.maximum(colours, 0)] * (colours >= 0)
+            score = value[self.house.nouns[seen]] + 0.5 * value[len(NOUNS) + np.maximum(colours, 0)] * (
+                colours >= 0
+            )
             plain = contrast[self.house.nouns[seen]] + 0.5 * contrast[len(NOUNS) + colours] * (colours >= 0)
             good = plain > _LEAST_CONTRAST
             weight = np.exp(_CARE * (score[good] - score[good].max(initial=-np.inf)))
@@ -235,7 +247,9 @@ class Speaker:
         offset = self.house.positions[things] - self.house.graph.positions[here]
         heading = np.arctan2(offset[:, 0], offset[:, 1])
         beside = np.remainder(heading - view % NUM_HEADINGS * HEADING_STEP + np.pi, 2 * np.pi) - np.pi
-        return np.exp(-(beside**2) / (2 * math.radians(16) ** 2)) * (np.hypot(offset[:, 0], offset[:, 1]) > 0.3)
+        return np.exp(-(beside**2) / (2 * math.radians(16) ** 2)) * (
+            np.hypot(offset[:, 0], offset[:, 1]) > 0.3
+        )
 
     def _phrases(self, thing: int, side: str, random: np.random.Generator) -> Sequence[str]:
         noun = NOUNS[self.house.nouns[thing]]
@@ -274,7 +288,20 @@ def _with_go(text: str, random: np.random.Generator) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that a speaker can use, sorted."""
-    texts = [*_AHEAD, *_TURNED, *_INTO, *_ON, *_STOP, *_STOP_BARE, *_GO, *_THEN, *_FIND, *_ASK, *NOUNS, *COLOURS]
+    texts = [
+        *_AHEAD,
+        *_TURNED,
+        *_INTO,
+        *_ON,
+        *_STOP,
+        *_STOP_BARE,
+        *_GO,
+        *_THEN,
+        *_FIND,
+        *_ASK,
+        *NOUNS,
+        *COLOURS,
+    ]
     for several in (*_STAIRS.values(), *_BARE.values(), *SYNONYMS.values()):
         texts += several
     words = {word for text in texts for word in text.split() if "{" not in word}

@@ -7,6 +7,7 @@ free exactly when it passes the doorway. What is visible from where is therefore
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,9 +18,9 @@ from vln.navgraph import NavGraph
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "purple")
 CLASSES = (
-    "chair", "sofa", "table", "lamp", "plant", "painting", "mirror", "bed", "bookshelf", "clock", "vase", "rug",
-    "statue", "piano", "television", "fireplace", "cabinet", "bench", "basket", "curtain", "stool", "desk",
-    "globe", "candle", "drum", "trunk", "guitar", "fountain", "easel", "bicycle", "bathtub", "stove",
+    "chair", "sofa", "table", "lamp", "plant", "painting", "mirror", "bed", "bookshelf", "clock", "vase",
+    "rug", "statue", "piano", "television", "fireplace", "cabinet", "bench", "basket", "curtain", "stool",
+    "desk", "globe", "candle", "drum", "trunk", "guitar", "fountain", "easel", "bicycle", "bathtub", "stove",
 )  # fmt: skip
 ROOM_KINDS = (
     "hallway", "kitchen", "bedroom", "bathroom", "office", "lounge", "library", "studio", "landing",
@@ -117,7 +118,7 @@ def _draw_house(scan_id: str, random: np.random.Generator, num_viewpoints: int) 
     floors = int(random.integers(1, most + 1))
     rooms, doorways, stairwells = _plan(random, floors, num_viewpoints * 4.0 / floors)
     spots = _Spots(random, rooms, doorways)
-    for lower, upper in zip(stairwells, stairwells[1:], strict=False):
+    for lower, upper in itertools.pairwise(stairwells):
         spots.climb(lower, upper)
     positions = np.array(spots.positions)
     positions[:, 2] += random.normal(0, 0.02, len(positions))
@@ -178,8 +179,8 @@ def _split(random: np.random.Generator, box: _Box) -> list[tuple[str, _Box]]:
     def cut(low: float, high: float) -> list[_Box]:
         """Three parts along the short side if ``high`` is farther than ``low``, else two along the long."""
         if high > low:
-            edges = ((y0, low, high, y1) if long_x else (x0, low, high, x1))
-            pairs = list(zip(edges, edges[1:], strict=False))
+            edges = (y0, low, high, y1) if long_x else (x0, low, high, x1)
+            pairs = list(itertools.pairwise(edges))
             return [(x0, a, x1, b) if long_x else (a, y0, b, y1) for a, b in pairs]
         return [(x0, y0, low, y1), (low, y0, x1, y1)] if long_x else [(x0, y0, x1, low), (x0, low, x1, y1)]
 
@@ -312,7 +313,7 @@ class _Spots:
             height = (room.floor + share) * _STOREY + _EYE
             self.positions.append((x, y0 + share * (y1 - y0), height))
             self.homes.append((lower, upper))
-        self.edges += zip(chain, chain[1:], strict=False)
+        self.edges += itertools.pairwise(chain)
         for room_number, y, end in ((lower, y0, chain[0]), (upper, y1, chain[-1])):
             near = min(self.members[room_number], key=lambda a: math.dist(self.positions[a][:2], (x, y)))
             self.edges.append((near, end))
@@ -355,7 +356,7 @@ def _furnish(
                              else rooms[into].y1 > doorway.y + 1e-6) else -1.0  # fmt: skip
             x, y = doorway.x + inside * doorway.across_x, doorway.y + inside * (not doorway.across_x)
             things.append(_Thing(rooms[into].kind, -1, (x, y, height + 1.2), (seen_from,), False))
-    for lower, upper in zip(landings, landings[1:], strict=False):
+    for lower, upper in itertools.pairwise(landings):
         room = rooms[lower]
         x, low, high = (room.x0 + room.x1) / 2, room.y0 + 1.6, room.y1 - 1.6
         storey = room.floor * _STOREY
@@ -370,7 +371,7 @@ def _visible(
     things: list[_Thing],
     doorways: tuple[Doorway, ...],
 ) -> np.ndarray:
-    """bool ``[V, T]``: in one of the viewpoint's rooms, or in the line of a doorway of it, and not too far."""
+    """bool ``[V, T]``: in one of the viewpoint's rooms or in the line of its doorway, and not too far."""
     home = np.array(homes)
     at = np.array([thing.position for thing in things])
     visible = np.zeros((len(positions), len(things)), dtype=bool)

@@ -22,8 +22,12 @@ _LONGEST_WALK = 10
 """Steps after which a walk that looks for a dead end gives up."""
 _ALLOWED = 1.1
 """How much better than chance a habit may be before groups that help it are refused."""
-HABITS = ("candidate 1", *(f"straight on {steps} steps" for steps in range(1, 9)), "straight on to a dead end",
-          "at random, but stop at dead ends")  # fmt: skip
+HABITS = (
+    "candidate 1",
+    *(f"straight on {steps} steps" for steps in range(1, 9)),
+    "straight on to a dead end",
+    "at random, but stop at dead ends",
+)
 """The first is a share of teacher actions, the others are success rates."""
 
 
@@ -67,7 +71,9 @@ class Walks:
         self._arrival = np.zeros((len(self.degree), len(self.degree)), dtype=np.int64)
         real = self._candidates.viewpoint >= 0
         source = np.nonzero(real)[0]
-        self._arrival[source, self._candidates.viewpoint[real]] = self._candidates.point_id[real] % NUM_HEADINGS
+        self._arrival[source, self._candidates.viewpoint[real]] = (
+            self._candidates.point_id[real] % NUM_HEADINGS
+        )
         self.edges, self._later, self.by_chance = self._count(most_edges)
         self._straight = self._straight_walks()
         within = (self.distances < SUCCESS_RADIUS).astype(np.float64)
@@ -94,7 +100,7 @@ class Walks:
         return edges.astype(np.int64), ahead, chance
 
     def _chance(self, edge_shares: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Where random walks end, ``[V, V]``: after numbers of steps with the shares; the same, but dead ends stop it."""
+        """Where walks at random end, ``[V, V]``, numbers of steps with the shares, and where dead ends stop them."""
         source, target = self.house.graph.edges.T.astype(np.int64)
         size = len(self.degree)
         step = np.zeros((size, size))
@@ -179,8 +185,8 @@ def draw_groups(
         group_size: paths of a group.
         longest_m: no path is longer.
         taken: scan, start and goal of paths that are in use; grows.
-        longest_before: edges of the path that led to a start; the heading is then that of arrival. With 0, and
-            for a start that was drawn without such a path, headings are random.
+        longest_before: edges of the path that led to a start; the heading is then that of arrival. For a
+            start without such a path headings are random.
 
     Raises:
         ValueError: the houses do not have so many groups.
@@ -261,4 +267,3 @@ def edge_pattern(shares: Mapping[int, float], count: int, random: np.random.Gene
     bounds = np.cumsum(list(shares.values())) / sum(shares.values())
     places = np.searchsorted(bounds, (np.arange(count) + 0.5) / count)
     return random.permutation(np.array(list(shares))[places]).tolist()
-

@@ -1,7 +1,7 @@
 """The embedded world: houses with items and features, made here, with nothing licensed in them.
 
-``python -m vln.houses --out FOLDER`` writes graphs, R2R, NDH and HANNA items, view features and a tokeniser in
-the formats of the real data, so that every other command runs on the folder as on the real one.
+``python -m vln.houses --out FOLDER`` writes graphs, R2R, NDH and HANNA items, view features and a tokeniser
+in the formats of the real data, so that every other command runs on the folder as on the real one.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from vln.house_features import NUM_CONCEPTS, view_features
 from vln.house_items import Place, Row, hanna_routes, hanna_rows, ndh_rows, r2r_rows
 from vln.house_language import Speaker, word_tokenizer
-from vln.house_plans import House, build_house
+from vln.house_plans import COLOURS, NOUNS, House, build_house
 from vln.house_tasks import Group, Walks, draw_groups, edge_pattern
 from vln.navgraph import NavGraph
 
@@ -54,7 +56,7 @@ class HousesConfig:
     val_groups: int = 144
     """Groups in each of the other splits, for each task."""
     group_size: int = 4
-    """Paths of a group, at least 3: with one start pose, equally many edges, and goals far from each other."""
+    """Paths of a group, at least 3: of one start pose, equally many edges, and goals far from each other."""
     num_instructions: int = 3
     """Of each R2R path."""
     feature_size: int = 64
@@ -63,8 +65,8 @@ class HousesConfig:
     """Of the features; a thing within reach in the middle of a view counts 1."""
 
     def __post_init__(self) -> None:
-        bounds = {"seed": 0, "num_seen": 1, "num_unseen": 1, "train_groups": 2, "val_groups": 1, "group_size": 3,
-                  "num_instructions": 1, "feature_size": NUM_CONCEPTS, "noise": 0}  # fmt: skip
+        bounds = {"seed": 0, "num_seen": 1, "num_unseen": 1, "train_groups": 2,
+                  "val_groups": 1, "group_size": 3, "num_instructions": 1, "feature_size": NUM_CONCEPTS, "noise": 0}  # fmt: skip
         for name, least in bounds.items():
             value = getattr(self, name)
             if not value >= least or value == float("inf"):
@@ -185,8 +187,152 @@ def house_features(world: Houses) -> Iterator[tuple[tuple[str, str], np.ndarray]
     for kind, houses in enumerate((world.seen, world.unseen)):
         for number, house in enumerate(houses):
             random = np.random.default_rng([config.seed, 4, kind, number])
-            features = view_features(
-                house, random, feature_size=config.feature_size, noise=config.noise
-            )
+            features = view_features(house, random, feature_size=config.feature_size, noise=config.noise)
             for viewpoint_id, views in zip(house.graph.viewpoint_ids, features, strict=True):
                 yield (house.scan_id, viewpoint_id), views
+
+
+def connectivity(graph: NavGraph) -> list[Row]:
+    """A graph as its connectivity file holds it."""
+    size = len(graph.viewpoint_ids)
+    flags = np.zeros((size, size), dtype=bool)
+    flags[graph.edges[:, 0], graph.edges[:, 1]] = True
+    rows = []
+    for number, viewpoint_id in enumerate(graph.viewpoint_ids):
+        pose = np.eye(4)
+        pose[:3, 3] = graph.positions[number]
+        rows.append(
+            {
+                "image_id": viewpoint_id,
+                "pose": pose.ravel().tolist(),
+                "included": bool(graph.included[number]),
+                "visible": flags[number].tolist(),
+                "unobstructed": flags[number].tolist(),
+                "height": 1.5,
+            }
+        )
+    return rows
+
+
+def floor_plan(house: House) -> dict[str, Any]:
+    """Rooms, doorways and things of a house for maps, in metres."""
+    return {
+        "scan": house.scan_id,
+        "rooms": [room._asdict() for room in house.rooms],
+        "doorways": [doorway._asdict() for doorway in house.doorways],
+        "landmarks": [
+            {"noun": NOUNS[noun], "colour": COLOURS[colour], "position": position}
+            for noun, colour, position in zip(
+                house.nouns.tolist(), house.colours.tolist(), house.positions.tolist(), strict=True
+            )
+            if colour >= 0
+        ],
+    }
+
+
+def require_free(folder: str | Path) -> Path:
+    """The folder, if it can be made.
+
+    Raises:
+        FileExistsError: there is something at ``folder``.
+        FileNotFoundError: its parent is missing.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: delete it or name another folder")
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{folder.absolute().parent} does not exist: make it first")
+    return folder
+
+
+def write(world: Houses, folder: str | Path) -> Path:
+    """Write a world as a data folder, whole or not at all.
+
+    ``connectivity/``, ``r2r/``, ``ndh/`` and ``hanna/`` are as in the real data, ``features`` is a
+    :class:`vln.features.FeatureStore`, ``tokenizer/`` one of transformers; ``plans.json`` has what a map of
+    the houses needs, ``config.json`` what makes them again.
+
+    Args:
+        world: from :func:`generate`.
+        folder: must not exist yet; its parent must.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: there is something at ``folder``.
+        FileNotFoundError: its parent is missing.
+    """
+    # Imported here: whoever only generates needs neither the store nor its libraries.
+    from vln.features import FeatureStore
+
+    folder = require_free(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        for path, content in _files(world).items():
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            (partial / path).write_text(content, encoding="utf-8")
+        word_tokenizer().save_pretrained(str(partial / "tokenizer"))
+        FeatureStore.write(partial / "features", house_features(world), dtype="float16")
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _files(world: Houses) -> dict[str, str]:
+    """Names of the text files to their contents."""
+    rows: dict[str, Any] = {
+        f"connectivity/{name}_connectivity.json": connectivity(graph) for name, graph in world.graphs.items()
+    }
+    for split in SPLITS:
+        rows[f"r2r/R2R_{split}.json"] = world.r2r[split]
+        rows[f"ndh/{split}.json"] = world.ndh[split]
+        rows[f"hanna/hanna_{HANNA_SPLITS[split]}.json"] = world.hanna[split]
+    rows["hanna/routes.json"] = world.routes
+    rows["plans.json"] = [floor_plan(house) for house in world.houses]
+    files = {name: json.dumps(content) + "\n" for name, content in rows.items()}
+    files["connectivity/scans.txt"] = "\n".join(world.graphs) + "\n"
+    versions = {"format": FORMAT, "numpy": np.__version__}
+    seen, unseen = ([house.scan_id for house in houses] for houses in (world.seen, world.unseen))
+    origin = {"config": asdict(world.config), "made_by": "python -m vln.houses", "versions": versions,
+              "seen": seen, "unseen": unseen}  # fmt: skip
+    return files | {"config.json": json.dumps(origin, indent=1) + "\n"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HousesCommand:
+    """Make houses with R2R, NDH and HANNA items and view features, and write them as a data folder."""
+
+    out: str
+    """Folder to make; it must not exist yet."""
+    world: tyro.conf.OmitArgPrefixes[HousesConfig] = field(default_factory=HousesConfig)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make a world, write it and say what is in it.
+
+    Args:
+        arguments: instead of ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: something is wrong with what was given; the text says what.
+    """
+    command = tyro.cli(HousesCommand, args=sys.argv[1:] if arguments is None else arguments,
+                       prog="python -m vln.houses")  # fmt: skip
+    try:
+        require_free(command.out)
+        world = generate(command.world)
+        folder = write(world, command.out)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from error
+    counts = ", ".join(f"{split} {len(world.r2r[split])}" for split in SPLITS)
+    viewpoints = sum(len(house.room_of) for house in world.houses)
+    print(
+        f"{len(world.houses)} houses with {viewpoints} viewpoints, R2R paths: {counts}; written to {folder}"
+    )
+
+
+if __name__ == "__main__":
+    main()
