@@ -64,10 +64,10 @@ class Rows(NamedTuple):
 
 @dataclass
 class Sight:
-    """What probes see: the features of all views, float32 ``[V, 36, D]``, and their mean at each viewpoint."""
+    """What probes see: features of all views, float32 ``[V, 36, D]``, and their mean at each viewpoint."""
 
     views: Tensor
-    level: Tensor
+    mean: Tensor
 
     @classmethod
     def of(cls, features: np.ndarray) -> Sight:
@@ -190,13 +190,15 @@ class Probe(torch.nn.Module):
         if self.deaf:
             words = torch.zeros_like(words)
         words = torch.cat([words, torch.ones(len(words), 1)], dim=1)
-        seen, here = sight.views[viewpoint[:, None], view], sight.level[viewpoint]
+        row, column = listed.nonzero(as_tuple=True)
+        seen, here = sight.views[viewpoint[row], view[row, column]], sight.mean[viewpoint]  # [P, D], [B, D]
         if self.blind:
             seen, here = torch.zeros_like(seen), torch.zeros_like(here)
-        moves = torch.einsum("bcd,bd->bc", torch.cat([seen, angles], dim=2), words @ self.moves)
+        moves = (torch.cat([seen, angles[row, column]], dim=1) * (words @ self.moves)[row]).sum(dim=1)
         steps = torch.nn.functional.one_hot(step.clamp(max=_STEP_SLOTS - 1), _STEP_SLOTS).float()
         stop = (torch.cat([here, steps], dim=1) * (words @ self.stops)).sum(dim=1)
-        return torch.cat([moves.masked_fill(~listed, -math.inf), stop[:, None]], dim=1)
+        scores = torch.full(listed.shape, -math.inf).index_put((row, column), moves)
+        return torch.cat([scores, stop[:, None]], dim=1)
 
 
 def train_probe(

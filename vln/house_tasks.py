@@ -100,7 +100,7 @@ class Walks:
         return edges.astype(np.int64), ahead, chance
 
     def _chance(self, edge_shares: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Where walks at random end, ``[V, V]``, numbers of steps with the shares, and where dead ends stop them."""
+        """Where walks at random end, ``[V, V]``: of as many steps as is shared out; if dead ends stop them."""
         source, target = self.house.graph.edges.T.astype(np.int64)
         size = len(self.degree)
         step = np.zeros((size, size))
@@ -184,7 +184,8 @@ def draw_groups(
         random: source of all choices.
         group_size: paths of a group.
         longest_m: no path is longer.
-        taken: scan, start and goal of paths that are in use; grows.
+        taken: scan, start and goal of paths that are in use, and scan, start and -1 minus the heading's number
+            of 12 of their poses, so that no two groups start alike; grows.
         longest_before: edges of the path that led to a start; the heading is then that of arrival. For a
             start without such a path headings are random.
 
@@ -206,6 +207,7 @@ def draw_groups(
                 continue
             hits, chance = hits + more, chance + by_chance
             taken |= {(name, path[0], path[-1]) for path in group.paths}
+            taken.add((name, group.paths[0][0], -1 - _nearest(group.heading)))
             yield group
             break
         else:
@@ -233,6 +235,8 @@ def _draw_group(
             return None
         before = walks.path(int(random.choice(origins)), start)
         heading = round(walks.arrival(*before[-2:]) * HEADING_STEP, 3)
+    if (scan_id, start, -1 - _nearest(heading)) in taken:
+        return None
     distance = walks.distances[start]
     fits = (walks.edges[start] == num_edges) & (distance >= 5.0) & (distance <= longest_m)
     goals: list[int] = []

@@ -65,8 +65,17 @@ class HousesConfig:
     """Of the features; a thing within reach in the middle of a view counts 1."""
 
     def __post_init__(self) -> None:
-        bounds = {"seed": 0, "num_seen": 1, "num_unseen": 1, "train_groups": 2,
-                  "val_groups": 1, "group_size": 3, "num_instructions": 1, "feature_size": NUM_CONCEPTS, "noise": 0}  # fmt: skip
+        bounds = {
+            "seed": 0,
+            "num_seen": 1,
+            "num_unseen": 1,
+            "train_groups": 2,
+            "val_groups": 1,
+            "group_size": 3,
+            "num_instructions": 1,
+            "feature_size": NUM_CONCEPTS,
+            "noise": 0,
+        }
         for name, least in bounds.items():
             value = getattr(self, name)
             if not value >= least or value == float("inf"):
