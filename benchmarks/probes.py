@@ -285,8 +285,8 @@ def report(result: Mapping[str, Any]) -> str:
             values = [result["probes"][seed][name][measure] for seed in seeds]
             cells = " | ".join(f"{value:.1f}" for value in [*values, float(np.mean(values))])
             lines.append(f"| {name} | {title} | {cells} |")
-    lines += ["", "Blind: features zero, angles kept. Deaf: one constant instruction. Exchanged: the full probe",
-              "is given the instruction of another goal from the same start.", "",
+    lines += ["", "Blind: features zero, angles kept. Deaf: one constant instruction. Exchanged: the full",
+              "probe is given the instruction of another goal from the same start.", "",
               "| habit | measure | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
               "|---|---|" + "---|" * len(seeds)]  # fmt: skip
     first = result["habits"][seeds[0]]

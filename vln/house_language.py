@@ -145,7 +145,7 @@ class Speaker:
         view, last = None, -1
         ways = self._landmarks(tuple(path))
         for step, (here, there) in enumerate(itertools.pairwise(path)):
-            side = self._side(here, there, heading if view is None else (view % NUM_HEADINGS) * HEADING_STEP)
+            side = self.side(here, there, heading if view is None else (view % NUM_HEADINGS) * HEADING_STEP)
             view = self.arrival(here, there)
             things, share = ways[step]
             thing = int(things[np.searchsorted(share, random.uniform())]) if len(things) else -1
@@ -189,7 +189,8 @@ class Speaker:
         order = np.argsort(apart, kind="stable")
         return seen[order][apart[order] < within_m]
 
-    def _side(self, here: int, there: int, heading: float) -> str:
+    def side(self, here: int, there: int, heading: float) -> str:
+        """Where a neighbour lies for someone with that heading: straight, left, right or around."""
         slot = self._slots[here][there]
         turn = math.degrees(math.remainder(self._table.heading[here, slot] - heading, 2 * math.pi))
         if abs(turn) < 35:

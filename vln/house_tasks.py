@@ -22,6 +22,8 @@ _LONGEST_WALK = 10
 """Steps after which a walk that looks for a dead end gives up."""
 _ALLOWED = 1.1
 """How much better than chance a habit may be before groups that help it are refused."""
+_MOST_ATTEMPTS = 8000
+"""To find a group."""
 HABITS = (
     "candidate 1",
     *(f"straight on {steps} steps" for steps in range(1, 9)),
@@ -100,7 +102,7 @@ class Walks:
         return edges.astype(np.int64), ahead, chance
 
     def _chance(self, edge_shares: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Where walks at random end, ``[V, V]``: of as many steps as is shared out; if dead ends stop them."""
+        """Where walks at random end, ``[V, V]``: of lengths by the shares; and if dead ends stop them."""
         source, target = self.house.graph.edges.T.astype(np.int64)
         size = len(self.degree)
         step = np.zeros((size, size))
@@ -184,8 +186,8 @@ def draw_groups(
         random: source of all choices.
         group_size: paths of a group.
         longest_m: no path is longer.
-        taken: scan, start and goal of paths that are in use, and scan, start and -1 minus the heading's number
-            of 12 of their poses, so that no two groups start alike; grows.
+        taken: scan, start and goal of paths that are in use; and scan, start and -1 minus the heading's
+            number of 12, so that no two groups start alike; grows.
         longest_before: edges of the path that led to a start; the heading is then that of arrival. For a
             start without such a path headings are random.
 
@@ -196,13 +198,15 @@ def draw_groups(
     weight = np.array([len(walks[name].degree) for name in names], dtype=np.float64)
     hits, chance = np.zeros(len(HABITS)), np.zeros(len(HABITS))
     for number, num_edges in enumerate(wanted):
-        for _ in range(2000):
+        for attempt in range(_MOST_ATTEMPTS):
             name = names[int(random.choice(len(names), p=weight / weight.sum()))]
             group = _draw_group(walks[name], num_edges, random, group_size, longest_m, longest_before, taken)
             if group is None:
                 continue
             more, by_chance = walks[name].tally(group)
-            worse = (hits + more > _ALLOWED * (chance + by_chance)) & (more > by_chance)
+            # A world of a few houses may have no such group left; one path too many is no habit yet.
+            limit = _ALLOWED * (chance + by_chance) + (group_size if 2 * attempt > _MOST_ATTEMPTS else 0)
+            worse = (hits + more > limit) & (more > by_chance)
             if worse.any():
                 continue
             hits, chance = hits + more, chance + by_chance

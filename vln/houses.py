@@ -278,7 +278,7 @@ def write(world: Houses, folder: str | Path) -> Path:
     folder = require_free(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        for path, content in _files(world).items():
+        for path, content in documents(world).items():
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             (partial / path).write_text(content, encoding="utf-8")
         word_tokenizer().save_pretrained(str(partial / "tokenizer"))
@@ -290,8 +290,8 @@ def write(world: Houses, folder: str | Path) -> Path:
     return folder
 
 
-def _files(world: Houses) -> dict[str, str]:
-    """Names of the text files to their contents."""
+def documents(world: Houses) -> dict[str, str]:
+    """Text files of a world's data folder, by their names in it."""
     rows: dict[str, Any] = {
         f"connectivity/{name}_connectivity.json": connectivity(graph) for name, graph in world.graphs.items()
     }
