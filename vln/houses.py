@@ -272,10 +272,10 @@ def write(world: Houses, folder: str | Path) -> Path:
         FileExistsError: there is something at ``folder``.
         FileNotFoundError: its parent is missing.
     """
+    folder = require_free(folder)
     # Imported here: whoever only generates needs neither the store nor its libraries.
     from vln.features import FeatureStore
 
-    folder = require_free(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         for path, content in documents(world).items():
