@@ -22,6 +22,10 @@ _LONGEST_WALK = 10
 """Steps after which a walk that looks for a dead end gives up."""
 _ALLOWED = 1.1
 """How much better than chance a habit may be before groups that help it are refused."""
+GOAL_SHARES = (0.045, 0.235, 0.26, 0.19, 0.11, 0.16)
+"""How often a goal has one neighbour, two, ..., six or more: as chance has it, and the same in all splits."""
+_GOAL_SLACK = 3
+"""Paths by which a split may exceed a share."""
 _MOST_ATTEMPTS = 8000
 """To find a group."""
 HABITS = (
@@ -66,6 +70,8 @@ class Walks:
         table = World([graph])
         self._candidates, followers = table.candidates(Camera()), table.followers(Camera())
         self.degree = self._candidates.num_candidates
+        self.goal_kind = np.clip(self.degree, 1, len(GOAL_SHARES)) - 1
+        """int ``[V]``: place in :data:`GOAL_SHARES`."""
         row = np.arange(len(self.degree)).repeat(NUM_HEADINGS)
         place = followers.position[:, 0].reshape(len(self.degree), NUM_HEADINGS)
         self._ahead = self._candidates.viewpoint[row.reshape(place.shape), place]
@@ -197,19 +203,32 @@ def draw_groups(
     names = list(walks)
     weight = np.array([len(walks[name].degree) for name in names], dtype=np.float64)
     hits, chance = np.zeros(len(HABITS)), np.zeros(len(HABITS))
+    ends, share = np.zeros(len(GOAL_SHARES)), np.array(GOAL_SHARES)
     for number, num_edges in enumerate(wanted):
+        room = share * group_size * (number + 1) + _GOAL_SLACK - ends
         for attempt in range(_MOST_ATTEMPTS):
+            # A world of a few houses may have no such group left; a few paths too many are no habit yet.
+            lax = 2 * attempt > _MOST_ATTEMPTS
             name = names[int(random.choice(len(names), p=weight / weight.sum()))]
-            group = _draw_group(walks[name], num_edges, random, group_size, longest_m, longest_before, taken)
+            group = _draw_group(
+                walks[name],
+                num_edges,
+                random,
+                group_size,
+                longest_m,
+                longest_before,
+                taken,
+                np.full_like(room, np.inf) if lax else room,
+            )
             if group is None:
                 continue
             more, by_chance = walks[name].tally(group)
-            # A world of a few houses may have no such group left; one path too many is no habit yet.
-            limit = _ALLOWED * (chance + by_chance) + (group_size if 2 * attempt > _MOST_ATTEMPTS else 0)
+            limit = _ALLOWED * (chance + by_chance) + group_size * lax
             worse = (hits + more > limit) & (more > by_chance)
             if worse.any():
                 continue
             hits, chance = hits + more, chance + by_chance
+            np.add.at(ends, walks[name].goal_kind[[path[-1] for path in group.paths]], 1)
             taken |= {(name, path[0], path[-1]) for path in group.paths}
             taken.add((name, group.paths[0][0], -1 - _nearest(group.heading)))
             yield group
@@ -229,6 +248,7 @@ def _draw_group(
     longest_m: float,
     longest_before: int,
     taken: set[tuple[str, int, int]],
+    room: np.ndarray,
 ) -> Group | None:
     scan_id, start = walks.house.scan_id, int(random.integers(len(walks.degree)))
     heading = round(float(random.uniform(0, 2 * np.pi)), 3)
@@ -244,9 +264,16 @@ def _draw_group(
     distance = walks.distances[start]
     fits = (walks.edges[start] == num_edges) & (distance >= 5.0) & (distance <= longest_m)
     goals: list[int] = []
+    room = room.copy()
     for goal in _in_order(walks, start, heading, np.flatnonzero(fits), random):
-        if (walks.distances[goal, goals] > _APART).all() and (scan_id, start, goal) not in taken:
+        kind = walks.goal_kind[goal]
+        if (
+            room[kind] >= 1
+            and (walks.distances[goal, goals] > _APART).all()
+            and (scan_id, start, goal) not in taken
+        ):
             goals.append(goal)
+            room[kind] -= 1
             if len(goals) == group_size:
                 return Group(scan_id, heading, tuple(walks.path(start, goal) for goal in goals), before)
     return None
