@@ -67,9 +67,7 @@ def instruction_counts(items: Iterable[R2RItem | RxRItem | HannaTask]) -> dict[i
 _Found = tuple[Literal["scan", "viewpoint", "gap", "start", "distance"], str]
 
 
-def _findings(
-    item: Item, graphs: Mapping[str, NavGraph], known: Mapping[str, Set[str]]
-) -> Iterator[_Found]:
+def _findings(item: Item, graphs: Mapping[str, NavGraph], known: Mapping[str, Set[str]]) -> Iterator[_Found]:
     if item.scan_id not in graphs:
         yield "scan", f"scan {item.scan_id} is unknown: there are graphs of {len(graphs)} scans"
         return

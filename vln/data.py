@@ -83,7 +83,9 @@ def read_rxr(source: str | Path, split: str | None = None, *, graphs: Graphs | N
     return _read(source, ("rxr", f"rxr_{split}_guide.jsonl") if split else None, _rxr_item, graphs)
 
 
-def read_cvdn(source: str | Path, split: str | None = None, *, graphs: Graphs | None = None) -> list[Dialogue]:
+def read_cvdn(
+    source: str | Path, split: str | None = None, *, graphs: Graphs | None = None
+) -> list[Dialogue]:
     """CVDN dialogues, whole games.
 
     Args:
@@ -258,9 +260,7 @@ def _rxr_item(row: Any) -> RxRItem:
 
 
 def _turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
-    turns = tuple(
-        Turn(turn["role"], turn["message"], int(turn["nav_idx"])) for turn in row["dialog_history"]
-    )
+    turns = tuple(Turn(turn["role"], turn["message"], int(turn["nav_idx"])) for turn in row["dialog_history"])
     for turn in turns:
         if turn.role not in ("navigator", "oracle"):
             raise ValueError(f"a turn's role is {turn.role!r}, expected navigator or oracle")
