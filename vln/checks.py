@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Literal, NamedTuple
@@ -123,6 +124,6 @@ def _unknown(
 
 
 def _gaps(name: str, path: Sequence[str], graph: NavGraph) -> Iterator[_Found]:
-    for step, (before, after) in enumerate(zip(path, path[1:], strict=False), start=1):
+    for step, (before, after) in enumerate(itertools.pairwise(path), start=1):
         if before != after and not graph.has_edge(before, after):
             yield "gap", f"{name} has a gap at step {step}: one cannot walk from {before} to {after}"

@@ -1,7 +1,7 @@
 """Readers of the tasks' items in their published formats.
 
 R2R, R4R, RxR, CVDN dialogues, NDH, HANNA tasks and routes. A source is a file, or with a split a data folder
-that holds the file unpacked, in the task's subfolder, or in an archive ``task.tar*``. With graphs the items are
+with that file unpacked, in the task's subfolder, or in an archive ``task.tar*``. With graphs the items are
 held against them (``vln.checks``): a fault is an error, a path of another length than stated a warning.
 """
 

@@ -1,4 +1,4 @@
-"""Items of the tasks as typed tuples: R2R and RxR paths, CVDN dialogues, NDH items, HANNA tasks and routes."""
+"""Items of the tasks as typed tuples: R2R and RxR paths, dialogues, NDH items, HANNA tasks and routes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TimedWord(NamedTuple):
 
 
 class RxRItem(NamedTuple):
-    """One spoken instruction for a path (Ku et al., 2020); test items have the path's first viewpoint alone."""
+    """One spoken instruction for a path (Ku et al., 2020); test items have its first viewpoint alone."""
 
     instruction_id: int | str
     path_id: int | str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import defaultdict
@@ -52,7 +53,7 @@ def join_paths(
 def _join(first: R2RItem, second: R2RItem, graph: NavGraph) -> R2RItem:
     between = graph.shortest_path(first.path[-1], second.path[0])
     path = (*first.path, *between[1:], *second.path[1:])
-    hops = zip(path, path[1:], strict=False)
+    hops = itertools.pairwise(path)
     length = sum(float(graph.distances[graph.index(a), graph.index(b)]) for a, b in hops)
     return R2RItem(
         path_id=f"{first.path_id}_{second.path_id}",
