@@ -273,7 +273,7 @@ def test_hdf5_files_are_converted(tmp_path):
     (tmp_path / "no.hdf5").write_bytes(b"text")
     with pytest.raises(ValueError, match="cannot be read as an HDF5 file"):
         list(read_hdf5(tmp_path / "no.hdf5"))
-    with pytest.raises(FileNotFoundError, match="absent.hdf5 does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.hdf5 does not exist"):
         list(read_hdf5(tmp_path / "absent.hdf5"))
 
 
@@ -291,8 +291,8 @@ def test_without_h5py_the_message_says_what_to_install(tmp_path, monkeypatch):
 def test_r4r_is_built_and_items_are_checked(tmp_path, capsys):
     shed = graph_of([(0, 0, 0), (0, 2, 0), (0, 5, 0)], [(0, 1), (1, 2)], scan_id="shed")
     write_connectivity(tmp_path / "connectivity", shed)
-    row = {"path_id": 4, "scan": "shed", "heading": 1.0, "path": ["shed-0", "shed-1", "shed-2"], "distance": 5.0,
-           "instructions": ["Go."]}  # fmt: skip
+    row = {"path_id": 4, "scan": "shed", "heading": 1.0, "path": ["shed-0", "shed-1", "shed-2"],
+           "distance": 5.0, "instructions": ["Go."]}  # fmt: skip
     back = row | {"path_id": 5, "path": ["shed-2", "shed-1"], "distance": 3.5, "instructions": ["a", "b"]}
     (tmp_path / "R2R_train.json").write_text(json.dumps([row, back]))
     convert.main(["r4r", str(tmp_path / "R4R_train.json"), "--split", "train", "--data", str(tmp_path)])
@@ -399,7 +399,7 @@ def test_a_broken_picture_is_named_and_what_was_done_is_kept(tmp_path, pictures,
 
 def test_networks_and_weights_that_do_not_fit_are_named(tmp_path, weights):
     with pytest.raises(
-        FileNotFoundError, match="no weights at .*: download the state dict of resnet50 yourself"
+        FileNotFoundError, match=r"no weights at .*: download the state dict of resnet50 yourself"
     ):
         build_network("resnet50", tmp_path / "absent.pth")
     with pytest.raises(ValueError, match="torchvision has no network 'resnet19'"):
@@ -419,5 +419,5 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path, capsys):
     with pytest.raises(SystemExit):
         features.main(["extract", "--pictures", "a", "--weights", "b", "--out", "c", "--batch-size", "0"])
     assert "batch_size 0" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="error: .* holds no feature store"):
+    with pytest.raises(SystemExit, match=r"error: .* holds no feature store"):
         features.main(["verify", str(tmp_path)])

@@ -34,6 +34,7 @@ SMALL_HOUSE_M = 26.0
 """Houses up to this size are drawn whole, larger ones around the paths, with an overview beside."""
 MARGIN_M, CLOSE_UP_M = 3.5, 12.0
 STRIP_M, DPI = 1.1, 110
+_DASHES = (0, (3.5, 1.6))
 _WIDTH, _TALLEST, _OVERVIEW = 10.0, 6.2, 2.3
 _LINE, _TEXT_COLUMNS = 0.19, 118
 _GHOST, _FLOOR, _EDGE, _NODE = "#f6f6f6", "#e6e6e6", "#bdbdbd", "#8f8f8f"
@@ -171,9 +172,10 @@ def draw_episode(graph: NavGraph, episode: Episode) -> Map:
     touched = np.array([start, *goals, *reference, *predicted])
     inside = graph.positions[graph.included | np.isin(np.arange(len(floors)), touched)]
     area = _around(inside, 1.5, 4.0)
-    close_up = max(area.width, area.height) > SMALL_HOUSE_M
-    if close_up:
-        area = _within(_around(graph.positions[touched], MARGIN_M, CLOSE_UP_M), area)
+    part = _within(_around(graph.positions[touched], MARGIN_M, CLOSE_UP_M), area)
+    small = max(area.width, area.height) <= SMALL_HOUSE_M
+    close_up = not small and part.width * part.height < 0.6 * area.width * area.height
+    area = part if close_up else area
     shown = sorted(set(floors[touched].tolist()))
     page = _Page(
         area, shown, graph, floors, title=f"{episode.scan_id}, {episode.name}", note=episode.note,
@@ -342,22 +344,24 @@ class _Page:
         """The annotated path."""
         for axes, steps in self._segments(path):
             for width, colour, order in ((7.5, _RIM, 3.0), (5.5, _REFERENCE, 3.1)):
-                style = {"colors": colour, "linewidths": width, "capstyle": "round", "zorder": order}
-                axes.add_collection(LineCollection(steps, **style))
+                lines = LineCollection(list(steps), colors=colour, linewidths=width, capstyle="round")
+                lines.set_zorder(order)
+                axes.add_collection(lines)
 
     def dashes(self, path: Sequence[int]) -> None:
         """The agent's path."""
         head = {"arrowstyle": "-|>,head_width=0.26,head_length=0.5", "color": _PREDICTED, "lw": 0}
         for axes, steps in self._segments(path):
-            style = {"colors": _PREDICTED, "linewidths": 1.8, "linestyles": (0, (3.5, 1.6)), "zorder": 4}
-            axes.add_collection(LineCollection(steps, **style))
+            lines = LineCollection(list(steps), colors=_PREDICTED, linewidths=1.8, linestyles=_DASHES)
+            lines.set_zorder(4)
+            axes.add_collection(lines)
             for here, there in steps:
                 away = there - here
                 if np.hypot(*away) * self.scale > 0.12:  # an arrow on a shorter step would hide it
+                    tip, tail = here + 0.62 * away, here + 0.5 * away
                     axes.annotate(
-                        "", here + 0.62 * away, here + 0.5 * away, zorder=4.1, annotation_clip=True,
-                        arrowprops=head,
-                    )  # fmt: skip
+                        "", tuple(tip), tuple(tail), arrowprops=head, annotation_clip=True, zorder=4.1
+                    )
 
     def start(self, node: int, heading: float | None) -> tuple[float, float]:
         """The start, and where the agent looks."""
@@ -365,7 +369,7 @@ class _Page:
         if heading is not None:
             tip = place + 0.42 / self.scale * np.array([math.sin(heading), math.cos(heading)])
             arrow = {"arrowstyle": "-|>,head_width=0.2,head_length=0.4", "color": "black", "lw": 1.4}
-            axes.annotate("", tip, place, zorder=5.9, annotation_clip=False, arrowprops=arrow)
+            axes.annotate("", tuple(tip), tuple(place), arrowprops=arrow, annotation_clip=False, zorder=5.9)
         return self.mark(node, "start")
 
     def mark(self, node: int, kind: str, *, aside: bool = False) -> tuple[float, float]:
@@ -374,7 +378,8 @@ class _Page:
         place = place + (0.16 / self.scale if aside else 0.0)
         axes.plot(*place, linestyle="", **_MARKS[kind])
         if kind == "start":
-            axes.text(*place, "S", fontsize=8, ha="center", va="center_baseline", weight="bold", zorder=6.3)
+            x, y = (float(number) for number in place)
+            axes.text(x, y, "S", fontsize=8, ha="center", va="center_baseline", weight="bold", zorder=6.3)
         x, y = axes.transData.transform(place)
         return float(x), float(self._height * DPI - y)
 
@@ -395,7 +400,7 @@ def _legend(episode: Episode) -> list[Line2D]:
     if episode.reference:
         handles.append(Line2D([], [], color=_REFERENCE, lw=5.5, label="annotated path", markeredgewidth=0))
     if episode.predicted:
-        handles.append(Line2D([], [], color=_PREDICTED, lw=1.8, ls=(0, (3.5, 1.6)), label="agent's path"))
+        handles.append(Line2D([], [], color=_PREDICTED, lw=1.8, ls=_DASHES, label="agent's path"))
         handles.append(Line2D([], [], ls="", label="agent's stop", **_MARKS["end"] | small))
     if episode.success_radius is not None and episode.goals:
         label = f"{episode.success_radius:g} m about the goal"

@@ -1,7 +1,7 @@
-"""Maps to look at: ``python -m vln.render episodes --data DIR --split val_seen --submission FILE --out maps``.
+"""Maps to look at: ``python -m vln.render episodes --split val_seen --submission FILE --out maps``.
 
-``episodes`` draws one PNG for each episode of a run, or of a split, and a page ``index.html`` with all of them;
-``scan`` draws whole scans.
+``episodes`` draws one PNG for each episode of a run, or of a split, and a page ``index.html`` with all of
+them; ``scan`` draws whole scans.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from vln.data import read_hanna, read_ndh, read_r2r, read_r4r, read_rxr
+from vln.data import read_hanna, read_ndh, read_r2r, read_rxr
 from vln.evaluate import COLUMNS, EvaluateConfig, evaluate
 from vln.instructions import dialogue_text
 from vln.items import HannaTask, NDHItem, R2RItem, RxRItem
@@ -25,14 +25,15 @@ from vln.navgraph import NavGraph, load_graphs
 from vln.submission import read_submission
 
 _READERS: dict[str, Any] = {
-    "r2r": read_r2r, "r4r": read_r4r, "rxr": read_rxr, "ndh": read_ndh, "hanna": read_hanna,
+    "r2r": read_r2r, "rxr": read_rxr, "ndh": read_ndh, "hanna": read_hanna,
 }  # fmt: skip
 _SHARES = ("SR %", "OSR %", "OPSR %")
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1140px; margin: 2em auto; padding: 0 1em; color: #111 }
-table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ccc; text-align: right }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1140px; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse }
+td, th { padding: .2em .8em; border-bottom: 1px solid #ccc; text-align: right }
 figure { margin: 3em 0; border-top: 1px solid #ccc; padding-top: 1em } img { max-width: 100%; height: auto }
-figcaption { white-space: pre-line }
+figcaption { white-space: pre-line; color: #555 }
 """
 
 
@@ -84,8 +85,8 @@ class EpisodesConfig:
     """Folder for the pictures and index.html."""
     submission: str = ""
     """JSON file of the agent's paths; without it the annotated paths are drawn alone."""
-    task: Literal["r2r", "r4r", "rxr", "ndh", "hanna"] = "r2r"
-    """Whose form the items have; a submission tells R2R, NDH and HANNA itself."""
+    task: Literal["r2r", "rxr", "ndh", "hanna"] = "r2r"
+    """Whose form the items have (R4R: r2r); a submission tells R2R, NDH and HANNA itself."""
     split: str = "val_unseen"
     """Split of the items."""
     data: str = "data/vln"
@@ -145,11 +146,16 @@ def render_episodes(config: EpisodesConfig) -> Path:
         ValueError: a file is damaged, an id of the submission has no item or the other way round, or an id to
             draw is unknown.
     """
-    task, paths, scores, means = config.task, {}, {}, {}
+    task: str = config.task
+    paths: dict[Any, list[str]] = {}
+    scores: dict[str, dict[str, float]] = {}
+    means: dict[str, float] = {}
     if config.submission:
         submission = read_submission(config.submission)
-        task, paths = submission.task, submission.paths
-        scores, means = _scores(config, task)
+        paths = submission.paths
+        if task != "rxr":  # its submissions look like those of R2R, and have no scores here
+            task = submission.task
+            scores, means = _scores(config, task)
     source, split = (config.items, None) if config.items else (config.data, config.split)
     items = _READERS[task](source, split)
     found = dict(pair for item in items for pair in episodes_of(item))
