@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from navigation_cases import graph_of, graphs, house, write_connectivity
 from PIL import Image
 
-from vln import maps, render
+from vln import render, sheet
 from vln.items import HannaTask, NDHItem, RxRItem, Turn
 from vln.maps import Episode, draw_episode, draw_scan, find_floors
 from vln.navgraph import load_graphs
+from vln.plans import read_plans
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "vln"
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "vln" / "r2r_val_seen_agent.json.gz"
@@ -156,7 +157,7 @@ def test_instruction_and_scores_are_below_the_map_and_every_letter_is_kept():
     lines = words(drawn)
     assert "NE 1.00" in lines and " ".join(lines[lines.index("NE 1.00") + 1 :]).split() == text.split()
     taller = drawn.size[1] - draw_episode(graph, episode(graph, 0, 1)).size[1]
-    assert taller > 7 * 0.19 * maps.DPI
+    assert taller > 7 * 0.19 * sheet.DPI
     dialogue = words(draw_episode(graph, episode(graph, 0, 1, text="<NAV> left?\n\n<ORA> yes")))
     assert dialogue[-3:] == ["<NAV> left?", "", "<ORA> yes"]
 
@@ -185,6 +186,62 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     with pytest.raises(OSError):
         draw_scan(graph).save(tmp_path / "nowhere" / "map.png")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- rooms
+
+PLAN = {
+    "scan": "house",
+    "rooms": [{"kind": "bedroom", "floor": 0, "x0": -1.0, "y0": -1.0, "x1": 3.0, "y1": 3.0},
+              {"kind": "office", "floor": 0, "x0": 3.0, "y0": -1.0, "x1": 10.0, "y1": 10.0},
+              {"kind": "loft", "floor": 1, "x0": 3.0, "y0": 0.0, "x1": 8.0, "y1": 4.0}],
+    "doorways": [{"first": 0, "second": 1, "x": 3.0, "y": 2.2, "across_x": True, "width": 0.9}],
+    "landmarks": [{"noun": "vase", "colour": "red", "position": [0.5, 0.0, 0.7]},
+                  {"noun": "drum", "colour": "blue", "position": [0.52, 0.0, 0.7]},
+                  {"noun": "clock", "colour": "plaid", "position": [9.0, 8.0, 2.0]},
+                  {"noun": "bed", "colour": "green", "position": [6.0, 2.0, 3.3]}],
+}  # fmt: skip
+
+
+def labels(drawn, panel=0):
+    return [text.get_text() for text in drawn.figure.axes[panel].texts]
+
+
+def plan_of(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "plans.json").write_text(json.dumps([PLAN | changes]))
+    return read_plans(folder)["house"]
+
+
+def test_rooms_and_what_stands_near_the_path_are_named(tmp_path):
+    plan = plan_of(tmp_path)
+    assert plan.num_floors == 2 and plan.doorways[0].upright and plan.landmarks[0].name == "red vase"
+    drawn = draw_episode(house(), episode(house(), 0, 1), plan=plan)
+    assert {"bedroom", "office", "red vase"} <= set(labels(drawn)) and "loft" not in labels(drawn)
+    assert "blue drum" not in labels(drawn)  # it would be written over the vase
+    named = draw_episode(house(), episode(house(), 0, 1, text="Pass the blue drum ."), plan=plan)
+    assert "blue drum" in labels(named) and "red vase" not in labels(named)
+    climbing = draw_episode(house(), episode(house(), 4, 5, 6), plan=plan)
+    assert "green bed" in labels(climbing, 1) and "plaid clock" not in labels(climbing)
+    drawn.save(tmp_path / "map.png")
+
+
+def test_a_plan_with_other_floors_than_the_graph_is_left_out(tmp_path):
+    flat = plan_of(tmp_path, rooms=PLAN["rooms"][:2])
+    for plan in (flat, None):
+        assert "bedroom" not in labels(draw_scan(house(), plan=plan))
+    assert "bedroom" in labels(draw_scan(house(), plan=plan_of(tmp_path)))
+
+
+def test_plans_are_looked_for_and_faults_named(tmp_path):
+    assert read_plans(tmp_path / "nowhere") == {}
+    with pytest.raises(ValueError, match=r"plans\.json: house 0 lacks the field 'kind'"):
+        plan_of(tmp_path, rooms=[{"floor": 0}])
+    with pytest.raises(ValueError, match="house 0 is not as expected: it has no rooms"):
+        plan_of(tmp_path, rooms=[], doorways=[])
+    (tmp_path / "plans.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"plans\.json holds a JSON dict, expected a list of houses"):
+        read_plans(tmp_path)
 
 
 # ---- items to episodes
@@ -266,6 +323,15 @@ def test_a_split_is_drawn_without_a_submission(tmp_path, data):
     render.main(["episodes", "--data", str(data), "--split", "val_seen", "--out", str(out), "--limit", "1"])
     page = (out / "index.html").read_text()
     assert (out / "0001_4_0.png").is_file() and "<table>" not in page and "1 of 3 episodes" in page
+
+
+def test_the_command_draws_the_rooms_of_generated_houses(tmp_path, data):
+    arguments = ["episodes", "--data", str(data), "--split", "val_seen", "--ids", "4_0", "--out"]
+    render.main([*arguments, str(tmp_path / "bare")])
+    plan_of(data)
+    render.main([*arguments, str(tmp_path / "rooms")])
+    sizes = [(tmp_path / name / "0001_4_0.png").stat().st_size for name in ("bare", "rooms")]
+    assert sizes[0] != sizes[1]
 
 
 def test_scans_are_drawn(tmp_path, data, capsys):

@@ -21,7 +21,8 @@ from vln.evaluate import COLUMNS, EvaluateConfig, evaluate
 from vln.instructions import dialogue_text
 from vln.items import HannaTask, NDHItem, R2RItem, RxRItem
 from vln.maps import Episode, draw_episode, draw_scan
-from vln.navgraph import NavGraph, load_graphs
+from vln.navgraph import load_graphs
+from vln.plans import read_plans
 from vln.submission import read_submission
 
 _READERS: dict[str, Any] = {
@@ -130,11 +131,11 @@ def render_scans(config: ScanConfig) -> list[Path]:
     """
     if not config.scan_ids:
         raise ValueError("no scan is named: give the ids of those to draw")
-    graphs = load_graphs(config.graphs, config.scan_ids)
+    graphs, plans = load_graphs(config.graphs, config.scan_ids), read_plans(config.graphs)
     folder = _folder(config.out)
     paths = [folder / f"{scan_id}.png" for scan_id in graphs]
     for path, graph in zip(paths, graphs.values(), strict=True):
-        draw_scan(graph).save(path)
+        draw_scan(graph, plan=plans.get(graph.scan_id)).save(path)
     return paths
 
 
@@ -162,13 +163,18 @@ def render_episodes(config: EpisodesConfig) -> Path:
     if not found:
         raise ValueError(f"there are no episodes in {source}")
     chosen = _chosen(config, {str(name): name for name in found}, scores, task)
-    graphs = load_graphs(config.graphs or config.data, sorted({found[name].scan_id for name in chosen}))
+    place = config.graphs or config.data
+    graphs = load_graphs(place, sorted({found[name].scan_id for name in chosen}))
+    plans = read_plans(place)
     folder = _folder(config.out)
     drawn = []
     for number, name in enumerate(chosen, start=1):
-        note = _note(scores.get(str(name), {}))
-        episode = found[name]._replace(predicted=tuple(paths.get(name, ())), note=note)
-        drawn.append(_draw(folder, number, episode, graphs[episode.scan_id], scores.get(str(name), {})))
+        values = scores.get(str(name), {})
+        episode = found[name]._replace(predicted=tuple(paths.get(name, ())), note=_note(values))
+        safe = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in episode.name)
+        drawn.append(Drawn(episode, values, f"{number:04d}_{safe}.png"))
+        picture = draw_episode(graphs[episode.scan_id], episode, plan=plans.get(episode.scan_id))
+        picture.save(folder / drawn[-1].picture)
     title = f"{task} {config.items or config.split}"
     page = folder / "index.html"
     partial = page.with_name(f".index.{os.getpid()}.partial")
@@ -229,13 +235,6 @@ def _note(scores: Mapping[str, float]) -> str:
         else:
             words.append(f"{name} {value:.1f} %" if title.endswith("%") else f"{name} {value:.2f}")
     return "   ".join(words)
-
-
-def _draw(folder: Path, number: int, episode: Episode, graph: NavGraph, scores: dict[str, float]) -> Drawn:
-    safe = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in episode.name)
-    picture = f"{number:04d}_{safe}.png"
-    draw_episode(graph, episode).save(folder / picture)
-    return Drawn(episode, scores, picture)
 
 
 def _page(title: str, submission: str, means: Mapping[str, float], drawn: Sequence[Drawn], total: int) -> str:
