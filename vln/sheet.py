@@ -337,7 +337,9 @@ class Sheet:
     def mark(self, node: int, kind: str, *, aside: bool = False) -> tuple[float, float]:
         """Draw a mark, or draw it beside what is there already; returns its pixel from the upper left."""
         axes, place = self.panels[int(self.floors[node])], self.graph.positions[node, :2]
-        place = place + (0.16 / self.scale if aside else 0.0)
+        if aside:  # towards the middle, so that it stays on the panel
+            middle = np.array([self.area.left + self.area.right, self.area.bottom + self.area.top]) / 2
+            place = place + np.where(place < middle, 0.16, -0.16) / self.scale
         axes.plot(*place, linestyle="", **MARKS[kind])
         if kind == "start":
             x, y = (float(number) for number in place)
