@@ -1,4 +1,5 @@
-"""Speed of the navigation simulator, of loading graphs and of scoring: ``python -m benchmarks.navigation``.
+"""Speed of the navigation simulator, of loading graphs, scoring and reading features, and agents without a
+model beside published figures: ``python -m benchmarks.navigation``.
 
 Process time of one thread, median of rounds in which all figures take turns with a matrix product, whose time
 tells how fast the machine was. Without the real graphs everything runs on random ones; only the baselines are
@@ -29,7 +30,9 @@ from vln.geometry import ELEVATION_STEP, HEADING_STEP, Camera
 from vln.metrics import mean_scores, score_r2r
 from vln.navgraph import NavGraph, find_connectivity, load_graphs
 from vln.simulator import Simulator
-from vln.sources import read_documents
+from vln.sources import Document, parse_json, read_document, read_documents
+from vln.store import FeatureStore
+from vln.submission import parse_submission
 from vln.world import World
 
 BATCHES = (1, 8, 64, 256)
@@ -37,6 +40,8 @@ EPISODE_STEPS = 10
 SCORED = 10_000
 PRODUCT_SIZE = 512
 NUM_RANDOM_SCANS = 90
+STORED, STORED_WIDTH, STORED_BATCH = 1000, 2048, 64
+"""Viewpoints of the feature store, numbers a view, and panoramas read at once."""
 
 ORIGINAL = {"random": {1: 116e3, 8: 123e3, 64: 93e3, 256: 74e3}, "panoramic": {8: 19e3, 64: 34e3}}
 """Steps a second of the original simulator on a machine of this kind: every field of the state read, and the
@@ -45,6 +50,14 @@ panoramic pattern with its cache warm (without it, 1.4 thousand)."""
 TARGETS = {"random": {8: 0.49e6, 64: 1.1e6, 256: 2.2e6}, "panoramic": {64: 34e3}}
 """Steps a second to reach."""
 
+
+PUBLISHED_RANDOM = {"val_seen": {"nav_error": 9.45, "success": 0.159},
+                    "val_unseen": {"nav_error": 9.23, "success": 0.163}}  # fmt: skip
+"""The random agent of Anderson et al. (2018)."""
+PUBLISHED_AGENT = {"length": 10.30, "nav_error": 3.32, "oracle_success": 0.726, "success": 0.661,
+                   "spl": 0.631, "ndtw": 0.747, "sdtw": 0.600, "cls": 0.732}  # fmt: skip
+"""Prevalent's agent with three instructions on val_seen, its published trajectories by the original
+evaluators."""
 
 PANORAMIC: dict[str, Order] = {"panoramic": "envdrop", "panoramic, follower order": "follower"}
 """Patterns and the order of their choices."""
@@ -204,12 +217,12 @@ def measure_loading(source: Path, *, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _median(step: Callable[[], Any], rounds: int) -> float:
+def _median(step: Callable[[], Any], rounds: int, *, clock: Callable[[], float] = time.process_time) -> float:
     times = []
     for _ in range(rounds):
-        begin = time.process_time()
+        begin = clock()
         step()
-        times.append(time.process_time() - begin)
+        times.append(clock() - begin)
     return statistics.median(times)
 
 
@@ -237,6 +250,59 @@ def measure_scoring(
         "mean_viewpoints": float(np.mean([len(path) for path in paths.values()])),
         "score_s": _median(lambda: score_r2r(paths, items, graphs), rounds),  # type: ignore[arg-type]
     }
+
+
+def measure_store(*, viewpoints: int, width: int, rounds: int, seed: int) -> dict[str, Any]:
+    """Wall time of reading random panoramas of a float16 store that the system has in its file cache.
+
+    Args:
+        viewpoints: in the store.
+        width: numbers a view.
+        rounds: of which the median is taken.
+        seed: of the features and of what is read.
+
+    Returns:
+        ``{"viewpoints", "width", "store_bytes", "open_s", "gather_s", "panoramas_per_second",
+        "bytes_per_second", "verify_s"}``; one gather reads :data:`STORED_BATCH` panoramas.
+    """
+    rng = np.random.default_rng(seed)
+    names = [("scan", f"{number:032x}") for number in range(viewpoints)]
+    with tempfile.TemporaryDirectory() as folder:
+        features = rng.random((36, width), dtype=np.float32)
+        store = FeatureStore.write(Path(folder) / "store", ((name, features) for name in names))
+        opening = _median(lambda: FeatureStore.open(store.path), rounds, clock=time.perf_counter)
+        asked = rng.integers(viewpoints, size=(64, STORED_BATCH))
+        chosen = [[names[row][1] for row in batch] for batch in asked]
+
+        def gather() -> None:
+            for viewpoint_ids in chosen:
+                store.gather(["scan"] * STORED_BATCH, viewpoint_ids)
+
+        reading = _median(gather, rounds, clock=time.perf_counter) / len(chosen)
+        return {
+            "viewpoints": viewpoints,
+            "width": width,
+            "store_bytes": (store.path / "features.npy").stat().st_size,
+            "open_s": opening,
+            "gather_s": reading,
+            "panoramas_per_second": STORED_BATCH / reading,
+            "bytes_per_second": STORED_BATCH * 36 * width * 2 / reading,
+            "verify_s": _median(store.verify, min(rounds, 3), clock=time.perf_counter),
+        }
+
+
+def score_published(stored: Path, graphs: Mapping[str, NavGraph], data: Path) -> dict[str, float]:
+    """Mean scores of trajectories that are stored with the original evaluators' results.
+
+    Args:
+        stored: gzipped JSON with ``split`` and ``predictions``.
+        graphs: of all scans.
+        data: folder with the items.
+    """
+    document = parse_json(read_document(stored))
+    content = json.dumps(document["predictions"]).encode()
+    paths = parse_submission(Document(str(stored), content)).paths
+    return mean_scores(score_r2r(paths, read_r2r(data, document["split"]), graphs))
 
 
 def measure_baselines(graphs: Mapping[str, NavGraph], data: Path, *, seed: int) -> dict[str, Any]:
@@ -308,11 +374,12 @@ def random_items(graphs: Mapping[str, NavGraph], number: int, *, seed: int) -> l
     return items
 
 
-def run(data: Path | None, *, rounds: int, seed: int) -> dict[str, Any]:
+def run(data: Path | None, *, rounds: int, seed: int, published: Path | None = None) -> dict[str, Any]:
     """All measurements.
 
     Args:
         data: folder with graphs and items; ``None`` takes random graphs.
+        published: stored trajectories of the published agent, on the items of ``data``.
         rounds: of which medians are taken.
         seed: of everything random.
 
@@ -334,8 +401,11 @@ def run(data: Path | None, *, rounds: int, seed: int) -> dict[str, Any]:
         }
     result["steps"] = measure_steps(World(graphs), rounds=rounds, seed=seed)
     result["scoring"] = measure_scoring(graphs, items, rounds=rounds, seed=seed)
+    result["store"] = measure_store(viewpoints=STORED, width=STORED_WIDTH, rounds=rounds, seed=seed)
     if data is not None:
         result["baselines"] = measure_baselines(graphs, data, seed=seed)
+        if published is not None:
+            result["published_agent"] = score_published(published, graphs, data)
     return result | {"provenance": provenance(seed)}
 
 
@@ -364,7 +434,13 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"{name:>26}: {value:,.3f}" if name.endswith("_s") else f"{name:>26}: {value:,}")
     scoring = result["scoring"]
     lines.append(
-        f"{'score_s':>26}: {scoring['score_s']:.3f} for {scoring['num_trajectories']:,} trajectories"
+        f"{'score_s':>26}: {scoring['score_s']:.3f} for {scoring['num_trajectories']:,} trajectories, "
+        "nDTW and CLS among the scores"
+    )
+    store = result["store"]
+    lines.append(
+        f"{'features':>26}: {store['panoramas_per_second'] / 1e3:.1f} k panoramas a second of width "
+        f"{store['width']} in float16 ({store['bytes_per_second'] / 1e9:.1f} GB/s), batch {STORED_BATCH}"
     )
     for split, entries in result.get("baselines", {}).items():
         for agent in ("shortest", "random", "standing"):
@@ -372,8 +448,25 @@ def table(result: Mapping[str, Any]) -> str:
             lines.append(
                 f"{split:>12} {agent:>13}: SR {100 * scores['success']:.1f}, SPL {100 * scores['spl']:.1f}, "
                 f"NE {scores['nav_error']:.2f} m, nDTW {100 * scores['ndtw']:.1f}"
+                + (_beside(PUBLISHED_RANDOM.get(split, {})) if agent == "random" else "")
             )
+    if "published_agent" in result:
+        ours = {name: result["published_agent"][name] for name in PUBLISHED_AGENT}
+        lines.append(f"{'val_seen':>12} {'Prevalent':>13}:{_named(ours)}{_beside(PUBLISHED_AGENT)}")
     return "\n".join(lines)
+
+
+def _named(scores: Mapping[str, float]) -> str:
+    """Scores in a line, shares in percent."""
+    parts = (
+        f" {name} {value:.2f} m" if name in ("length", "nav_error") else f" {name} {100 * value:.1f}"
+        for name, value in scores.items()
+    )
+    return ",".join(parts)
+
+
+def _beside(published: Mapping[str, float]) -> str:
+    return f" (published:{_named(published)})" if published else ""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -396,7 +489,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--rounds is {options.rounds}: quartiles need at least 2")
     data = options.data or (SHARED_DATA if SHARED_DATA.is_dir() else None)
     torch.set_num_threads(1)
-    result = run(data, rounds=options.rounds, seed=options.seed)
+    stored = SHARED_DATA.parents[1] / "golden" / "vln" / "r2r_val_seen_agent.json.gz"
+    published = stored if stored.is_file() else None
+    result = run(data, rounds=options.rounds, seed=options.seed, published=published)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, json.dumps(result, indent=1) + "\n")
     print(table(result))

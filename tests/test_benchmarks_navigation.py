@@ -185,7 +185,7 @@ def r2r():
 
 NDH = [
     {"inst_idx": 3, "scan": "house", "start_pano": {"pano": "house-0", "heading": 0.5, "elevation": 17.5},
-     "end_panos": ["house-5", "house-6"], "planner_path": ["house-0", "house-1", "house-2"],
+     "target": "sofa", "end_panos": ["house-5", "house-6"], "planner_path": ["house-0", "house-1", "house-2"],
      "player_path": ["house-0", "house-3", "house-2", "house-4"]},
 ]  # fmt: skip
 
@@ -426,6 +426,8 @@ def test_the_benchmark_runs_on_random_graphs(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(navigation, "BATCHES", (1, 8))
     monkeypatch.setattr(navigation, "SCORED", 50)
     monkeypatch.setattr(navigation, "NUM_RANDOM_SCANS", 3)
+    monkeypatch.setattr(navigation, "STORED", 20)
+    monkeypatch.setattr(navigation, "STORED_WIDTH", 8)
     navigation.main(["--rounds", "2", "--out", str(tmp_path / "n.json")])
     result = json.loads((tmp_path / "n.json").read_text())
     assert result["graphs"] == "random" and result["scoring"]["num_trajectories"] == 50
@@ -434,15 +436,23 @@ def test_the_benchmark_runs_on_random_graphs(capsys, tmp_path, monkeypatch):
         assert all(entry["steps_per_second"] > 0 for entry in result["steps"][pattern].values())
     assert result["provenance"]["seed"] == 0 and "baselines" not in result
     printed = capsys.readouterr().out
+    assert (
+        result["store"]["store_bytes"] == 256 + 20 * 36 * 8 * 2 and "panoramas a second of width 8" in printed
+    )
     assert "matrix product" in printed and "batch   8" in printed and "n.json" in printed
 
 
-def test_the_benchmark_measures_loading_and_baselines_of_a_data_folder(golden, tmp_path):
+def test_the_benchmark_measures_loading_and_baselines_of_a_data_folder(golden, monkeypatch):
     data = golden.parent / "data"
     for split in ("train", "val_unseen"):
         shutil.copy(data / "r2r" / "R2R_val_seen.json", data / "r2r" / f"R2R_{split}.json")
-    result = navigation.run(data, rounds=2, seed=0)
+    monkeypatch.setattr(navigation, "STORED", 20)
+    result = navigation.run(data, rounds=2, seed=0, published=golden / "vln" / "r2r.json.gz")
     assert result["graphs"] == "1 scans of connectivity" and result["loading"]["num_scans"] == 1
     assert result["baselines"]["train"]["shortest"]["spl"] == pytest.approx(1)
     assert result["baselines"]["val_seen"]["standing"]["success"] == 0.5
-    assert "val_unseen" in navigation.table(result)
+    stored = json.loads(gzip.decompress((golden / "vln" / "r2r.json.gz").read_bytes()))
+    assert result["published_agent"]["success"] == pytest.approx(stored["summary"]["success_rate"])
+    table = navigation.table(result)
+    assert "val_unseen        random:" in table and "(published: nav_error 9.23 m, success 16.3)" in table
+    assert table.splitlines()[-1].startswith("    val_seen     Prevalent: length")
