@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.golden import EXACT, Case, Tolerance
 from benchmarks.parity_navgraph import array, find_graphs
+from benchmarks.parity_prevalent import check_pretraining
 from vln.candidates import PanoramicSimulator
 from vln.data import hanna_task, read_ndh, read_r2r
 from vln.metrics import (
@@ -54,7 +55,10 @@ def check(case: Case, places: Sequence[Path]) -> None:
         places: where items and connectivity may lie, in order.
     """
     if case.path.suffix == ".npz":
-        case.leave(case.arrays, "the agent's networks")
+        if "in/img_feats" in case.arrays:
+            check_pretraining(case)
+        else:
+            case.leave(case.arrays, "the agent's networks")
         return
     document = parse_json(read_document(case.path))
     checker = {"r2r": _check_r2r, "ndh": _check_ndh, "hanna": _check_hanna, "triplets": _check_triplets}
