@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,18 @@ from torch import Tensor, nn
 from benchmarks.golden import Case, Tolerance
 from vln.checkpoints import infer_config, load_released, released_names, to_released
 from vln.model import PretrainingOutput, PrevalentPretraining
+from vln.recurrent import length_mask
+from vln.snapshots import (
+    follower_from_released,
+    follower_to_released,
+    speaker_from_released,
+    speaker_to_released,
+)
 
 FORWARD = Tolerance(0.0, 0.0, 1e-5)
 GRADIENT = Tolerance(1e-4, 0.0)
 ROUNDING = Tolerance(0.0, 0.0, 1e-6)
-"""A bias of the keys shifts all scores of a query alike: its gradient is 0, and what is stored is rounding."""
+"""A bias of the keys shifts all scores alike: its gradient is 0, and what is stored is rounding."""
 
 
 def states(case: Case, prefix: str) -> dict[str, Tensor]:
@@ -83,3 +89,72 @@ def _compare_gradients(case: Case, model: nn.Module) -> None:
         # The larger of the two allowances, not their sum.
         small = case.arrays[key] * GRADIENT.relative < ROUNDING.absolute
         case.compare(key, value, ROUNDING if small else GRADIENT)
+
+
+# ---- agent and speaker
+
+
+def check_agent(case: Case) -> None:
+    """Encoder, two steps of the decoder, critic, speaker, all without dropout."""
+    with torch.no_grad():
+        _check_follower(case)
+        _check_speaker(case)
+
+
+def _check_follower(case: Case) -> None:
+    parts = {name: states(case, f"state/{name}/") for name in ("encoder", "decoder", "critic")}
+    snapshot = follower_from_released(
+        parts, num_attention_heads=case.meta["heads"], orientation="interleaved"
+    )
+    agent = snapshot.follower.eval()
+    returned = follower_to_released(snapshot)
+    for name, state in parts.items():
+        case.require(
+            returned[name].keys() == state.keys()
+            and all(torch.equal(returned[name][key], state[key]) for key in state),
+            f"weights of the {name} do not return under the released names to the bit",
+        )
+    lengths, panorama = case.use("in/lengths"), case.use("in/panorama")
+    text = agent.encoder.encode_text(case.use("in/input_ids"), lengths)
+    context = agent.encoder(text, lengths, panorama)
+    case.compare("out/ctx", context.words[:, 0], FORWARD)
+    case.compare("out/h0", context.hidden, FORWARD)
+    case.compare("out/c0", context.cell, FORWARD)
+    candidates, angle = case.use("in/candidates"), case.use("in/angle")
+    masked = case.use("in/num_candidates_with_stop")
+    tilde, cell = context.hidden, context.cell
+    for number, facing in ((1, angle), (2, angle * 0.5)):
+        step = agent.decoder(facing, panorama, candidates, tilde, cell, context)
+        case.compare(f"out/step{number}_h", step.hidden, FORWARD)
+        case.compare(f"out/step{number}_c", step.cell, FORWARD)
+        case.compare(f"out/step{number}_htilde", step.tilde, FORWARD)
+        case.compare(f"out/step{number}_logit_unmasked", step.logits, FORWARD)
+        if number == 1:
+            case.compare("out/value_step1", agent.critic(step.hidden), FORWARD)
+        limited = agent.decoder(
+            facing, panorama, candidates, tilde, cell, context, num_candidates=masked
+        ).logits
+        case.require(
+            bool((limited.isfinite().sum(1) == masked).all()), f"step {number}: candidates are not masked"
+        )
+        tilde, cell = step.tilde, step.cell
+
+
+def _check_speaker(case: Case) -> None:
+    parts = {name: states(case, f"state/speaker_{name}/") for name in ("encoder", "decoder")}
+    snapshot = speaker_from_released(parts, angle_size=case.meta["angle_feat_size"])
+    speaker = snapshot.speaker.eval()
+    returned = speaker_to_released(snapshot)
+    for name, state in parts.items():
+        case.require(
+            returned[name].keys() == state.keys()
+            and all(torch.equal(returned[name][key], state[key]) for key in state),
+            f"weights of the speaker's {name} do not return under the released names to the bit",
+        )
+    path = speaker.encoder(case.use("in/speaker_actions"), case.use("in/speaker_panorama"))
+    case.compare("out/speaker_ctx", path, FORWARD)
+    mask = length_mask(case.use("in/speaker_lengths"), path.shape[1])
+    said = speaker.decoder(case.use("in/speaker_words"), path, mask)
+    case.compare("out/speaker_logits", said.logits, FORWARD)
+    case.compare("out/speaker_h", said.hidden, FORWARD)
+    case.compare("out/speaker_c", said.cell, FORWARD)

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.golden import EXACT, Case, Tolerance
 from benchmarks.parity_navgraph import array, find_graphs
-from benchmarks.parity_prevalent import check_pretraining
+from benchmarks.parity_prevalent import check_agent, check_pretraining
 from vln.candidates import PanoramicSimulator
 from vln.data import hanna_task, read_ndh, read_r2r
 from vln.metrics import (
@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 
 
 def check(case: Case, places: Sequence[Path]) -> None:
-    """One file: scores of R2R, NDH or HANNA, or pre-training labels; the agent's own files are left.
+    """One file: scores of R2R, NDH or HANNA, labels of pre-training, or networks.
 
     Args:
         case: the file.
@@ -58,7 +58,7 @@ def check(case: Case, places: Sequence[Path]) -> None:
         if "in/img_feats" in case.arrays:
             check_pretraining(case)
         else:
-            case.leave(case.arrays, "the agent's networks")
+            check_agent(case)
         return
     document = parse_json(read_document(case.path))
     checker = {"r2r": _check_r2r, "ndh": _check_ndh, "hanna": _check_hanna, "triplets": _check_triplets}

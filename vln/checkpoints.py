@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from torch import Tensor
+from transformers import BertModel
 
 from vln.model import Prevalent, PrevalentConfig, PrevalentPretraining
 

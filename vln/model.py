@@ -519,8 +519,8 @@ class PrevalentPretraining(Prevalent):
             input_ids: int64 ``[B, T]``, some words masked.
             views: ``[B, V, D]``, or ``None`` for the text alone.
             attention_mask: ``[B, T]``; default: everywhere but at padding.
-            mlm_labels: int64 ``[B, T]``, the word where one was chosen, else -1; ``None`` leaves the term out.
-            action_labels: int64 ``[B]``, -1 for none; ``None`` leaves the term out.
+            mlm_labels: int64 ``[B, T]``, the word where one was chosen, else -1; ``None`` for no such term.
+            action_labels: int64 ``[B]``, -1 for none; ``None`` for no such term.
 
         Returns:
             Sums and counts.
