@@ -151,9 +151,10 @@ def _check_speaker(case: Case) -> None:
             and all(torch.equal(returned[name][key], state[key]) for key in state),
             f"weights of the speaker's {name} do not return under the released names to the bit",
         )
-    path = speaker.encoder(case.use("in/speaker_actions"), case.use("in/speaker_panorama"))
+    lengths = case.use("in/speaker_lengths")
+    path = speaker.encoder(case.use("in/speaker_actions"), case.use("in/speaker_panorama"), lengths)
     case.compare("out/speaker_ctx", path, FORWARD)
-    mask = length_mask(case.use("in/speaker_lengths"), path.shape[1])
+    mask = length_mask(lengths, path.shape[1])
     said = speaker.decoder(case.use("in/speaker_words"), path, mask)
     case.compare("out/speaker_logits", said.logits, FORWARD)
     case.compare("out/speaker_h", said.hidden, FORWARD)

@@ -170,6 +170,7 @@ def speaker_from_released(
         angle_size=angle_size,
         hidden_size=decoder["lstm.weight_hh_l0"].shape[1],
         word_size=word,
+        packed=False,
     )
     speaker = Speaker(config)
     unused = {

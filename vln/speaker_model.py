@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vln.recurrent import FeatureDropout, SoftDot, length_mask
+from vln.recurrent import FeatureDropout, SoftDot, length_mask, run_packed
 
 Draw = Callable[[int, int], Tensor]
 """``draw(step, count)``: uniform numbers of [0, 1) for one step, ``[count]``."""
@@ -38,6 +38,9 @@ class SpeakerConfig:
     """Of a word's embedding."""
     dropout: float = 0.6
     feature_dropout: float = 0.3
+    packed: bool = True
+    """Whether the path's LSTMs stop at its end. The released speakers' run over the padding of the longest
+    row, so that their words depend on the batch."""
     pad_id: int = 0
     unk_id: int = 1
     eos_id: int = 2
@@ -57,8 +60,6 @@ class SpeakerConfig:
 class PathEncoder(nn.Module):
     """States of a path's steps, from what was chosen and what was seen.
 
-    As in the original, the backward direction begins at the longest row's end: shorter ones pass zeros first.
-
     Args:
         config: sizes.
     """
@@ -71,13 +72,17 @@ class PathEncoder(nn.Module):
         self.post_lstm = nn.LSTM(size, half, batch_first=True, bidirectional=True)
         self.dropout = nn.Dropout(config.dropout)
         self.feature_dropout = FeatureDropout(config.feature_dropout, config.angle_size)
+        self.packed = config.packed
 
-    def forward(self, actions: Tensor, panoramas: Tensor, *, features_dropped: bool = False) -> Tensor:
+    def forward(
+        self, actions: Tensor, panoramas: Tensor, lengths: Tensor, *, features_dropped: bool = False
+    ) -> Tensor:
         """Read a batch of paths.
 
         Args:
             actions: views of the candidates taken, ``[B, S, D]``; zeros for STOP and after the end.
             panoramas: ``[B, S, V, D]``.
+            lengths: int64 ``[B]``, steps of each path, STOP's included.
             features_dropped: features come with a dropout of their own.
 
         Returns:
@@ -85,9 +90,12 @@ class PathEncoder(nn.Module):
         """
         if not features_dropped:
             actions, panoramas = self.feature_dropout(actions), self.feature_dropout(panoramas)
-        states = self.dropout(self.lstm(actions)[0])
+        states = self.dropout(self._run(self.lstm, actions, lengths))
         states = self.dropout(self.attention(states, panoramas))
-        return self.dropout(self.post_lstm(states)[0])
+        return self.dropout(self._run(self.post_lstm, states, lengths))
+
+    def _run(self, lstm: nn.LSTM, states: Tensor, lengths: Tensor) -> Tensor:
+        return run_packed(lstm, states, lengths).states if self.packed else lstm(states)[0]
 
 
 class Said(NamedTuple):
@@ -166,7 +174,7 @@ class Speaker(nn.Module):
         Returns:
             Cross-entropy of each text summed over its words, ``[B]``, and how many those are, int64 ``[B]``.
         """
-        path = self.encoder(actions, panoramas, features_dropped=features_dropped)
+        path = self.encoder(actions, panoramas, lengths, features_dropped=features_dropped)
         targets = words[:, 1:]
         said = self.decoder(words[:, :-1], path, length_mask(lengths, path.shape[1]))
         loss = F.cross_entropy(
@@ -200,7 +208,7 @@ class Speaker(nn.Module):
         if temperature < 0 or max_words < 1:
             raise ValueError(f"temperature {temperature}, max_words {max_words}: give at least 0, at least 1")
         config, count = self.config, len(actions)
-        path = self.encoder(actions, panoramas, features_dropped=features_dropped)
+        path = self.encoder(actions, panoramas, lengths, features_dropped=features_dropped)
         mask = length_mask(lengths, path.shape[1])
         word = lengths.new_full((count, 1), config.bos_id)
         open_ = torch.ones(count, dtype=torch.bool, device=word.device)
