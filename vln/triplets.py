@@ -1,7 +1,8 @@
 """Training data of the pre-training: (instruction, panorama, action) at every step of a teacher.
 
-The teacher walks shortest paths. Triplets are rolled from tasks and graphs when needed, or read from the released JSON files. A table has no image
-in it: viewpoint and view say which panorama belongs to a triplet, and how it is turned.
+The teacher walks shortest paths. Triplets are rolled from tasks and graphs when needed, or read from the
+released JSON files. A table has no image in it: viewpoint and view say which panorama belongs to a triplet,
+and how it is turned.
 
 Letters of shapes: N triplets, M instructions, L tokens, B rows of a simulator.
 """
