@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def check_pretraining(case: Case) -> None:
             _compare_gradients(case, model)
 
 
-def _model(config: dict[str, Any], state: dict[str, Tensor]) -> PrevalentPretraining:
+def _model(config: Mapping[str, Any], state: dict[str, Tensor]) -> PrevalentPretraining:
     ours = infer_config(
         state, num_attention_heads=config["heads"], angle_size=0, layer_norm_eps=config["layer_norm_eps"]
     )

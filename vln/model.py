@@ -487,7 +487,7 @@ class PrevalentPretraining(Prevalent):
         config: sizes, and what the actions are.
     """
 
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected = []  # noqa: RUF012
 
     def _finish(self) -> None:
         config = self.config

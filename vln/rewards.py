@@ -5,7 +5,7 @@ Letters of shapes: S steps, B rows, C candidates.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,8 @@ def actor_critic_loss(
     if normalize not in get_args(Normalize):
         raise ValueError(f"normalize is {normalize!r}, expected one of {', '.join(get_args(Normalize))}")
     count = active.sum().clamp(min=1)
-    divisor = {"total": count, "batch": active.shape[1], "none": 1}[normalize]
+    divisors: dict[str, Any] = {"total": count, "batch": active.shape[1], "none": 1}
+    divisor = divisors[normalize]
     advantage = returns - values
     # Where nothing was taken log_probs may be -inf: chosen, not multiplied, so that 0 * inf is no NaN.
     zero = values.new_zeros(())
