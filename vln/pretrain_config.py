@@ -42,7 +42,7 @@ class TripletsConfig:
     """Store of view features, a folder there or below data; random:WIDTH gives each view a fixed random
     vector."""
     tokenizer: str = "tokenizer"
-    """Tokeniser, a folder there or below data, or a Hub name."""
+    """Tokeniser, a folder there or below data; hub:NAME takes one of the Hub."""
     max_tokens: int = 80
     """Longest instruction, [CLS] and [SEP] included; what is longer loses its end."""
 

@@ -286,24 +286,25 @@ def open_features(config: TripletsConfig, world: World) -> PanoramaFeatures:
         if not width.isdecimal():
             raise ValueError(f"features are {config.features!r}: give random:WIDTH, such as random:64")
         return RandomFeatures(world, int(width))
+    place = _find(config, config.features, "store of features")
     from vln.features import FeatureStore
 
-    return FeatureStore.open(_find(config, config.features, "store of features"))
+    return FeatureStore.open(place)
 
 
 def open_tokenizer(config: TripletsConfig) -> Any:
-    """The tokeniser; a Hub name is left to transformers.
+    """The tokeniser, from a folder or the Hub.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    place = Path(config.data) / config.tokenizer
-    name = place if place.is_dir() else Path(config.tokenizer)
+    kind, _, name = config.tokenizer.partition(":")
+    place = name if kind == "hub" else str(_find(config, config.tokenizer, "tokeniser"))
     try:
-        return AutoTokenizer.from_pretrained(str(name))
+        return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"no tokeniser {config.tokenizer}, nor {place}: give --tokenizer FOLDER or a Hub name"
+            f"{place} is no tokeniser of transformers ({error}): give another --tokenizer"
         ) from error
 
 
