@@ -129,6 +129,23 @@ def test_switches_stop_gradients(switch, reached):
     torch.testing.assert_close(same, model(ids, views, action_labels=torch.tensor([1, 2, 3])).loss)
 
 
+@pytest.mark.parametrize(("text", "cross"), [(True, True), (False, True), (False, False)])
+def test_an_agent_chooses_what_trains(text, cross):
+    model = tiny_model(Prevalent)
+    model.set_trained(text=text, cross=cross)
+    ids, _, views = tiny_batch()
+    out = model(ids, views)
+    assert out.requires_grad == cross
+    if cross:
+        out.sum().backward()
+    model.pooler.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert any(p.requires_grad for p in model.text_layers.parameters()) == text
+    with pytest.raises(ValueError, match="text=True needs cross=True"):
+        model.set_trained(text=True, cross=False)
+
+
 def test_words_under_bfloat16_autocast_stay_near():
     model = tiny_model()
     ids, _, views = tiny_batch()
@@ -138,6 +155,23 @@ def test_words_under_bfloat16_autocast_stay_near():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rough = model(ids, views, **labels).loss
     assert rough.dtype == torch.float32 and abs(float(rough - exact)) < 0.1 * float(exact)
+
+
+def test_new_words_leave_the_old_ones_as_they_were(tmp_path):
+    model, ids = tiny_model(), tiny_batch()[0]
+    views = tiny_batch()[2]
+    before = model(ids, views, mlm_labels=ids.where(ids != 0, -1))
+    states = Prevalent.forward(model, ids, views)
+    logits = model.mlm_logits(states)
+    assert model.resize_token_embeddings(43).num_embeddings == 43
+    assert torch.equal(Prevalent.forward(model, ids, views), states)
+    torch.testing.assert_close(model.mlm_logits(states)[..., :40], logits)
+    assert model.embeddings.words.weight[40:].std() > 0.1 and not model.mlm_head.bias[40:].any()
+    model.save_pretrained(tmp_path)
+    assert PrevalentPretraining.from_pretrained(tmp_path).config.vocab_size == 43
+    model.resize_token_embeddings(40)
+    again = model(ids, views, mlm_labels=ids.where(ids != 0, -1))
+    torch.testing.assert_close(again.loss, before.loss)
 
 
 # ---- folders

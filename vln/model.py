@@ -285,14 +285,64 @@ class Prevalent(PreTrainedModel):
 
     def _finish(self) -> None:
         self.post_init()
+        self._rest_idle()
+
+    def _rest_idle(self) -> None:
         # Nothing reads the views of the last layer: distributed training refuses weights without a gradient.
         last = self.cross_layers[-1]
         last.view_attention.requires_grad_(False)
         last.view_feed_forward.requires_grad_(False)
 
+    def set_trained(self, *, text: bool, cross: bool) -> None:
+        """Let an agent train all of the model, its cross layers alone, or nothing (Hao et al., Sec. 5).
+
+        Writes ``train_text`` and ``train_cross`` of the configuration, and keeps the rest from optimisers and
+        distributed training. What does not train still has its dropout in training mode.
+
+        Args:
+            text: embeddings and text layers.
+            cross: cross layers and the projection of the views.
+
+        Raises:
+            ValueError: the text without the cross layers, through which its gradient comes.
+        """
+        if text and not cross:
+            raise ValueError("text=True needs cross=True: gradients reach the text through the cross layers")
+        self.config.train_text, self.config.train_cross = text, cross
+        for module in (self.embeddings, self.text_layers):
+            module.requires_grad_(text)
+        for module in (self.view_projection, self.view_norm, self.cross_layers):
+            module.requires_grad_(cross)
+        self._rest_idle()
+
     def get_input_embeddings(self) -> nn.Embedding:
         """Embeddings of the words."""
         return self.embeddings.words
+
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, *_: Any, **__: Any
+    ) -> nn.Embedding:
+        """Change the number of words, as after a tokeniser got new ones.
+
+        Args:
+            new_num_tokens: words in all; the first ones keep their weights, new ones are drawn from
+                N(0, initializer_range^2). ``None`` changes nothing. What else transformers offers here is not
+                looked at.
+
+        Returns:
+            The embeddings.
+        """
+        old = self.embeddings.words
+        if new_num_tokens is None or new_num_tokens == old.num_embeddings:
+            return old
+        kept = min(new_num_tokens, old.num_embeddings)
+        new = nn.Embedding(new_num_tokens, old.embedding_dim, padding_idx=old.padding_idx).to(old.weight)
+        with torch.no_grad():
+            new.weight.normal_(std=self.config.initializer_range)
+            new.weight[:kept] = old.weight[:kept]
+        new.weight.requires_grad_(old.weight.requires_grad)
+        self.embeddings.words, self.config.vocab_size = new, new_num_tokens
+        return new
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Words before they see a view (T^0); the same for all steps of an episode.
@@ -495,6 +545,16 @@ class PrevalentPretraining(Prevalent):
         self.action_head = nn.Linear(config.hidden_size, config.num_actions)
         self.mlm_head = MaskedWordHead(config)
         super()._finish()
+
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, *_: Any, **__: Any
+    ) -> nn.Embedding:
+        """The same; new words begin without a bias as answers."""
+        new = super().resize_token_embeddings(new_num_tokens)
+        bias, more = self.mlm_head.bias, new.num_embeddings - len(self.mlm_head.bias)
+        changed = bias.detach()[: new.num_embeddings] if more < 0 else F.pad(bias.detach(), (0, more))
+        self.mlm_head.bias = nn.Parameter(changed.clone(), requires_grad=bias.requires_grad)
+        return new
 
     def mlm_logits(self, states: Tensor) -> Tensor:
         """Scores of all words, ``[..., H]`` to ``[..., vocab]``."""

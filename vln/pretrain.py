@@ -27,6 +27,7 @@ import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import LoggerType, ProjectConfiguration, set_seed, tqdm
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from fq.run import RunFolder, Steps, load_config
 from vln.checkpoints import WEIGHTS, from_released, initialise_from_bert, initialise_from_lxmert
@@ -224,6 +225,7 @@ def make_accelerator(config: Pretraining) -> Accelerator:
         ValueError: a tracker is unknown.
         ImportError: a tracker is not installed.
     """
+    transformers_logging.disable_progress_bar()  # one file of weights is no news
     known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
     for name in config.run.trackers:
         if name not in known:

@@ -5,7 +5,7 @@ Letters of shapes: N triplets, M instructions, L tokens, B rows of a batch, D wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,9 @@ from vln.orientation import with_panorama_angles
 from vln.pretrain_config import TripletsConfig
 from vln.triplets import Triplets, read_released, roll_triplets, walks_of
 from vln.world import World
+
+_TEXTS = 10_000
+"""Texts tokenised together."""
 
 
 class PanoramaFeatures(Protocol):
@@ -133,7 +136,7 @@ class PretrainingData:
     Args:
         world: of the triplets' viewpoints.
         triplets: the table.
-        token_ids: int64 ``[M, L]``, padded on the right.
+        token_ids: integers ``[M, L]``, padded on the right.
         vocabulary: of the ids.
         features: of the viewpoints.
     """
@@ -324,24 +327,30 @@ def _tables(
     return roll_triplets(world, walks_of(items)), encode(texts, tokenizer, max_tokens)
 
 
-def encode(texts: Iterable[str], tokenizer: Any, max_tokens: int) -> np.ndarray:
-    """Token ids of texts, int64 ``[M, L]``, cut at the end before [SEP] and padded on the right."""
-    listed = list(texts)
-    if not listed:
-        return np.zeros((0, 0), dtype=np.int64)
-    rows = tokenizer(listed, truncation=True, max_length=max_tokens)["input_ids"]
-    lengths = np.array([len(row) for row in rows])
-    ids = np.full((len(rows), int(lengths.max())), tokenizer.pad_token_id, dtype=np.int64)
-    ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(rows)
-    return ids
+def encode(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> np.ndarray:
+    """Token ids of texts, int32 ``[M, L]``, cut at the end before [SEP] and padded on the right."""
+    parts = []
+    for first in range(0, len(texts), _TEXTS):  # a million lists of Python numbers would fill the memory
+        given = list(texts[first : first + _TEXTS])
+        rows = tokenizer(given, truncation=True, max_length=max_tokens)["input_ids"]
+        lengths = np.array([len(row) for row in rows])
+        ids = np.full((len(rows), int(lengths.max())), tokenizer.pad_token_id, dtype=np.int32)
+        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+        parts.append(ids)
+    return _stacked(parts, tokenizer.pad_token_id)
+
+
+def _stacked(parts: Sequence[np.ndarray], pad_id: int) -> np.ndarray:
+    """Tables of ids below each other, padded to the widest."""
+    width = max((part.shape[1] for part in parts), default=0)
+    padded = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=pad_id) for part in parts]
+    return np.concatenate(padded) if padded else np.zeros((0, 0), dtype=np.int32)
 
 
 def _joined(
     triplets: Triplets, token_ids: np.ndarray, others: Triplets, other_ids: np.ndarray
 ) -> tuple[Triplets, np.ndarray]:
-    width = max(token_ids.shape[1], other_ids.shape[1])
-    ids = np.concatenate(
-        [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in (token_ids, other_ids)]
-    )
     others = others._replace(text=others.text + np.int32(len(token_ids)))
+    # The released ids are padded with 0, BERT's [PAD].
+    ids = _stacked([token_ids, other_ids.astype(np.int32)], 0)
     return Triplets(*(np.concatenate(pair) for pair in zip(triplets, others, strict=True))), ids
