@@ -28,7 +28,8 @@ from vln.metrics import (
 from vln.navgraph import NavGraph
 from vln.sources import Document, parse_json, read_document
 from vln.submission import parse_submission
-from vln.triplets import Triplets, Walk, roll_teacher, roll_triplets
+from vln.triplets import Triplets, roll_triplets
+from vln.walks import Walk, roll_teacher
 from vln.world import World
 
 SCORE = Tolerance(0.0, 0.0, 1e-9)
@@ -153,9 +154,7 @@ def _check_triplets(case: Case, document: Mapping[str, Any], places: Sequence[Pa
         graph, start = world.graphs[episode["scan"]], world.starts[episode["scan"]]
         stored += [_stored_label(step, graph, start) for step in episode["steps"]]
     walks = [
-        Walk(episode["scan"], path[0], path[-1], episode["heading"], 1)
-        for episode in episodes
-        for path in [items[episode["path_id"]].path]
+        Walk(episode["scan"], items[episode["path_id"]].path, episode["heading"]) for episode in episodes
     ]
     found = _labels(world, walks)
     names = stored[0].keys()
@@ -169,9 +168,7 @@ def _check_triplets(case: Case, document: Mapping[str, Any], places: Sequence[Pa
 def _labels(world: World, walks: Sequence[Walk]) -> list[dict[str, Any]]:
     """One record a step of the teacher, the stop included, walk by walk."""
     agents = PanoramicSimulator(world, batch_size=len(walks), order="follower")
-    starts, goals = (
-        [world.index(walk.scan_id, getattr(walk, end)) for walk in walks] for end in ("start", "goal")
-    )
+    starts, goals = ([world.index(walk.scan_id, walk.path[end]) for walk in walks] for end in (0, -1))
     records: list[list[dict[str, Any]]] = [[] for _ in walks]
     for now, actions, active in roll_teacher(agents, starts, goals, [walk.heading for walk in walks]):
         for row in np.flatnonzero(active):

@@ -14,7 +14,7 @@ from tiny_vln import grid, tiny_config, tiny_model, write_folder
 
 from fq.run import RunFolder, newest_checkpoint, read_metrics
 from vln import pretrain
-from vln.checkpoints import save_released
+from vln.checkpoints import from_released, save_released
 from vln.model import PrevalentPretraining
 from vln.pretrain_config import (
     HOUSES,
@@ -70,7 +70,18 @@ def untimed(records):
 
 
 def test_a_run_learns_and_leaves_a_model(data, tmp_path, capsys):
-    records = run_here(data, tmp_path / "run", "--steps", 40, "--mask-share", 0.3, "--log-every", 5)
+    records = run_here(
+        data,
+        tmp_path / "run",
+        "--steps",
+        40,
+        "--mask-share",
+        0.3,
+        "--log-every",
+        5,
+        "--export",
+        "--no-shortest",
+    )
     train = [record for record in records if "loss" in record]
     assert train[-1]["action_loss"] < 0.7 * train[0]["action_loss"]
     assert train[-1]["mlm_loss"] < train[0]["mlm_loss"]
@@ -82,6 +93,8 @@ def test_a_run_learns_and_leaves_a_model(data, tmp_path, capsys):
     }
     assert 0 < last["val_seen/action_floor"] < 1
     model = PrevalentPretraining.from_pretrained(tmp_path / "run" / "model")
+    exported = from_released(tmp_path / "run" / "released", angle_size=4).state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in model.state_dict().items())
     assert model.config.feature_size == 6 and (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
     assert "triplets of 2 scans" in capsys.readouterr().out
 

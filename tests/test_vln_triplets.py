@@ -9,16 +9,9 @@ from tiny_vln import grid, parity_line
 
 from vln.candidates import PanoramicSimulator
 from vln.data import R2RItem
-from vln.triplets import (
-    NextHops,
-    Triplets,
-    Walk,
-    read_released,
-    roll_teacher,
-    roll_triplets,
-    teacher_actions,
-    walks_of,
-)
+from vln.pretrain_data import RandomFeatures
+from vln.triplets import Triplets, read_released, roll_triplets
+from vln.walks import NextHops, Walk, path_batch, roll_teacher, roll_walks, teacher_actions, walks_of
 from vln.world import World
 
 
@@ -34,7 +27,7 @@ def test_the_original_is_reproduced(capsys):
 def test_straight_ahead_is_rank_one_and_stop_is_zero():
     world = house()
     # From the lower left corner to the right: heading 90 degrees is view 15 of the level row.
-    table = roll_triplets(world, [Walk("house", "house-0", "house-3", np.pi / 2, 2)])
+    table = roll_triplets(world, [Walk("house", ("house-0", "house-3"), np.pi / 2, 2)])
     assert table.viewpoint.tolist() == [0, 1, 2, 3] * 2
     assert table.view.tolist() == [15] * 8
     assert table.action.tolist() == [1, 1, 1, 0] * 2
@@ -49,14 +42,14 @@ def test_every_row_of_a_batch_walks_its_shortest_path():
     names = [(scan, number) for scan in "ab" for number in range(20)]
     random = np.random.default_rng(0)
     pairs = [(scan, *random.choice(20, 2, replace=False)) for scan in random.choice(["a", "b"], 60)]
-    walks = [Walk(str(scan), f"{scan}-{start}", f"{scan}-{goal}", 1.0, number % 3)
+    walks = [Walk(str(scan), (f"{scan}-{start}", f"{scan}-{goal}"), 1.0, number % 3)
              for number, (scan, start, goal) in enumerate(pairs)]  # fmt: skip
     table = roll_triplets(world, walks)
     text = 0
     for walk in walks:
         graph = world.graphs[walk.scan_id]
         way = [names.index((walk.scan_id, int(name.split("-")[1])))
-               for name in graph.shortest_path(walk.start, walk.goal)]  # fmt: skip
+               for name in graph.shortest_path(walk.path[0], walk.path[-1])]  # fmt: skip
         for _ in range(walk.num_texts):
             rows = table.text == text
             assert table.viewpoint[rows].tolist() == way
@@ -84,12 +77,44 @@ def test_what_cannot_be_walked_is_refused():
     with pytest.raises(ValueError, match="row 0: viewpoint 9 is no candidate of 0"):
         teacher_actions(seen, np.array([9]))
     with pytest.raises(ValueError, match="target is 'rank'"):
-        roll_triplets(world, [Walk("a", "a-0", "a-1", 0.0, 1)]).labels("rank")
+        roll_triplets(world, [Walk("a", ("a-0", "a-1"), 0.0)]).labels("rank")
 
 
 def test_walks_of_items():
     item = R2RItem(4, "a", 0.5, ("a-0", "a-1", "a-2"), ("go", "walk", "run"), None)
-    assert walks_of([item]) == [Walk("a", "a-0", "a-2", 0.5, 3)]
+    assert walks_of([item]) == [Walk("a", ("a-0", "a-1", "a-2"), 0.5, 3)]
+
+
+def test_a_path_as_written_is_walked_whatever_its_length():
+    world = house()
+    round_about = Walk("house", tuple(f"house-{n}" for n in (0, 1, 1, 6, 5, 0)), 0.0)
+    straight = Walk("house", ("house-0", "house-5"), 0.0)
+    table = roll_walks(world, [round_about, straight], shortest=False)
+    assert table.viewpoint.tolist() == [0, 1, 6, 5, 0, 0, 5]
+    assert table.length.tolist() == [5, 2] and table.first.tolist() == [0, 5]
+    assert roll_walks(world, [round_about], shortest=True).viewpoint.tolist() == [0]
+    with pytest.raises(ValueError, match="viewpoint 7 is no candidate of 0"):
+        roll_walks(world, [Walk("house", ("house-0", "house-7"), 0.0)], shortest=False)
+
+
+def test_paths_of_a_batch_have_the_views_that_were_taken():
+    world = house("a", "b")
+    features = RandomFeatures(world, 3)
+    walks = [
+        Walk("a", ("a-0", "a-2"), np.pi / 2),
+        Walk("b", ("b-3", "b-3"), 0.0),
+        Walk("b", ("b-0", "b-5"), 0.0),
+    ]
+    batch = path_batch(roll_walks(world, walks), [0, 2, 1], world, features, angle_size=4)
+    assert batch.lengths.tolist() == [3, 2, 1] and batch.actions.shape == (3, 3, 7)
+    here, ahead = features.gather(["a"], ["a-0"])[0], features.gather(["b"], ["b-0"])[0]
+    # To the right, as one looks: view 15, direction straight ahead; the other way is view 12.
+    np.testing.assert_allclose(batch.actions[0, 0], [*here[15], 0, 1, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(batch.actions[1, 0], [*ahead[12], 0, 1, 0, 1], atol=1e-6)
+    assert not batch.actions[0, 2].any() and not batch.actions[1, 1:].any() and not batch.actions[2].any()
+    np.testing.assert_array_equal(batch.panoramas[0, 0, :, :3], here)
+    np.testing.assert_allclose(batch.panoramas[0, 0, 15, 3:], [0, 1, 0, 1], atol=1e-6)
+    assert batch.panoramas[0, 2].any() and not batch.panoramas[1, 2].any()
 
 
 # ---- released files

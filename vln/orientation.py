@@ -83,3 +83,36 @@ def with_panorama_angles(
     """
     angles = panorama_table(size, layout)[np.asarray(view) % NUM_HEADINGS]
     return np.concatenate([np.asarray(features, dtype=np.float32), angles], axis=-1)
+
+
+def candidate_views(
+    features: np.ndarray,
+    point_id: Any,
+    rel_heading: Any,
+    rel_elevation: Any,
+    *,
+    size: int = 128,
+    layout: Orientation = "blocks",
+) -> np.ndarray:
+    """Views of candidates with their own direction behind; zeros for STOP and behind the list.
+
+    Args:
+        features: of all views, ``[B, 36, F]``.
+        point_id: view that shows each candidate, integers ``[B, C]``; -1 for none.
+        rel_heading: of the candidates as the agent looks, radians ``[B, C]``.
+        rel_elevation: above the horizon, radians ``[B, C]``.
+        size: A.
+        layout: of the numbers.
+
+    Returns:
+        float32 ``[B, C, F + A]``.
+
+    Raises:
+        ValueError: as of `angle_features`.
+    """
+    view = np.asarray(point_id, dtype=np.int64)
+    shown = np.take_along_axis(features, np.maximum(view, 0)[..., None], axis=1)
+    angles = angle_features(rel_heading, rel_elevation, size=size, layout=layout)
+    found = np.concatenate([np.asarray(shown, dtype=np.float32), angles], axis=-1)
+    found[view < 0] = 0
+    return found

@@ -30,13 +30,19 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from fq.run import RunFolder, Steps, load_config
-from vln.checkpoints import WEIGHTS, from_released, initialise_from_bert, initialise_from_lxmert
+from vln.checkpoints import (
+    WEIGHTS,
+    from_released,
+    initialise_from_bert,
+    initialise_from_lxmert,
+    save_released,
+)
 from vln.model import PretrainingOutput, PrevalentConfig, PrevalentPretraining
 from vln.pretrain_config import MAY_CHANGE, PRESETS, OptimConfig, Pretraining, SizesConfig, from_dict
 from vln.pretrain_data import Batch, Opened, PretrainingData, Stream, open_data
 
-MODEL, TOKENIZER = "model", "tokenizer"
-"""Folders in a run: the finished model, and the tokeniser that it reads with."""
+MODEL, RELEASED, TOKENIZER = "model", "released", "tokenizer"
+"""Folders in a run: the finished model, the same under the released names, and its tokeniser."""
 
 _EVAL_STEP = 2**40
 """Masks of evaluations: those of a step that no training reaches, so that all evaluations are alike."""
@@ -52,7 +58,7 @@ def train(config: Pretraining) -> Path:
 
     Returns:
         The run folder: config.json, provenance.json, metrics.jsonl, checkpoints/, tokenizer/, and model/ for
-        ``PrevalentPretraining.from_pretrained``.
+        ``PrevalentPretraining.from_pretrained``; released/ if asked for.
 
     Raises:
         ValueError: data, model, configuration or run folder do not fit; nothing has been written then.
@@ -122,6 +128,8 @@ def train(config: Pretraining) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         model.save_pretrained(run.path / MODEL)
+        if options.export:
+            save_released(model, run.path / RELEASED)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return run.path

@@ -38,6 +38,9 @@ class TripletsConfig:
     """Released JSON files of triplets, whose token ids are those of bert-base-uncased."""
     val_splits: tuple[str, ...] = ("val_seen", "val_unseen")
     """Of the R2R items to evaluate on; left out where there are none."""
+    shortest: bool = True
+    """The teacher walks shortest paths between the ends; --no-shortest follows the paths as written, for R4R
+    and RxR."""
     features: str = "features"
     """Store of view features, a folder there or below data; random:WIDTH gives each view a fixed random
     vector."""
@@ -164,6 +167,8 @@ class RunConfig:
     """Steps between two checkpoints; there is one at the end in any case."""
     keep_checkpoints: int = 3
     """Checkpoints kept."""
+    export: bool = False
+    """Also write the finished model under the released names, as HAMT and VLN-BERT read them."""
     trackers: tuple[str, ...] = ()
     """Experiment trackers beside metrics.jsonl: tensorboard, wandb, mlflow, … as accelerate knows them."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -191,6 +196,10 @@ class Pretraining:
     run: RunConfig
 
     def __post_init__(self) -> None:
+        if self.run.export and self.model.action_target != "candidate_rank":
+            raise ValueError(
+                "--export needs --action-target candidate_rank: the released layout has no other"
+            )
         last = self.optim.schedule_steps
         if last and self.run.steps > last:
             raise ValueError(
@@ -211,7 +220,7 @@ class Pretraining:
 
 MAY_CHANGE = (
     *("run." + name for name in ("steps", "out", "trackers", "log_every", "eval_every", "eval_triplets")),
-    *("run." + name for name in ("checkpoint_every", "keep_checkpoints")),
+    *("run." + name for name in ("checkpoint_every", "keep_checkpoints", "export")),
     "optim.schedule_steps",
 )
 """Options that may differ when a run is resumed. The schedule follows ``steps`` unless it is given."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,22 +22,12 @@ from vln.model import ActionTarget, Orientation
 from vln.navgraph import load_graphs
 from vln.orientation import with_panorama_angles
 from vln.pretrain_config import TripletsConfig
-from vln.triplets import Triplets, read_released, roll_triplets, walks_of
+from vln.triplets import Triplets, read_released, roll_triplets
+from vln.walks import PanoramaFeatures, walks_of
 from vln.world import World
 
 _TEXTS = 10_000
 """Texts tokenised together."""
-
-
-class PanoramaFeatures(Protocol):
-    """Features of viewpoints, as a store gives them."""
-
-    @property
-    def width(self) -> int:
-        """Numbers of a view."""
-
-    def gather(self, scan_ids: Sequence[str], viewpoint_ids: Sequence[str]) -> np.ndarray:
-        """Features of viewpoints, ``[B, 36, width]``."""
 
 
 class RandomFeatures:
@@ -257,7 +247,7 @@ def open_data(config: TripletsConfig) -> Opened:
     graphs = load_graphs(config.data)
     world = World(graphs)
     features = open_features(config, world)
-    triplets, token_ids = _tables(world, items, tokenizer, config.max_tokens)
+    triplets, token_ids = _tables(world, items, tokenizer, config)
     for path in config.released:
         released = read_released(path, world)
         if int(released.token_ids.max(initial=0)) >= vocabulary.size:
@@ -269,9 +259,7 @@ def open_data(config: TripletsConfig) -> Opened:
     if not len(triplets.text):
         raise ValueError(f"{config.data} gives no triplet: its items have no paths or no instructions")
     val = {
-        split: PretrainingData(
-            world, *_tables(world, rows, tokenizer, config.max_tokens), vocabulary, features
-        )
+        split: PretrainingData(world, *_tables(world, rows, tokenizer, config), vocabulary, features)
         for split, rows in held_out.items()
     }
     return Opened(PretrainingData(world, triplets, token_ids, vocabulary, features), val, tokenizer)
@@ -320,11 +308,12 @@ def _find(config: TripletsConfig, name: str, what: str) -> Path:
 
 
 def _tables(
-    world: World, items: Sequence[R2RItem], tokenizer: Any, max_tokens: int
+    world: World, items: Sequence[R2RItem], tokenizer: Any, config: TripletsConfig
 ) -> tuple[Triplets, np.ndarray]:
     items = [item for item in items if len(item.path) > 1]  # test items have no path
     texts = [text for item in items for text in item.instructions]
-    return roll_triplets(world, walks_of(items)), encode(texts, tokenizer, max_tokens)
+    triplets = roll_triplets(world, walks_of(items), shortest=config.shortest)
+    return triplets, encode(texts, tokenizer, config.max_tokens)
 
 
 def encode(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> np.ndarray:

@@ -4,7 +4,7 @@ The teacher walks shortest paths. Triplets are rolled from tasks and graphs when
 released JSON files. A table has no image in it: viewpoint and view say which panorama belongs to a triplet,
 and how it is turned.
 
-Letters of shapes: N triplets, M instructions, L tokens, B rows of a simulator.
+Letters of shapes: N triplets, M instructions, L tokens.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from vln.candidates import Panorama, PanoramicSimulator
 from vln.geometry import NUM_VIEWS
 from vln.model import ActionTarget
 from vln.sources import parse_json, read_document
+from vln.walks import Walk, roll_walks
 from vln.world import World
 
 STOP_VIEW = NUM_VIEWS
 """Class of STOP where views are predicted."""
-
-_BATCH = 1024
-"""Paths rolled together."""
 
 
 class Triplets(NamedTuple):
@@ -64,157 +61,22 @@ class Triplets(NamedTuple):
         return float(np.bincount(labels).max() / len(labels)) if len(labels) else 0.0
 
 
-class TeacherStep(NamedTuple):
-    """One step of a batch under the teacher."""
-
-    seen: Panorama
-    action: np.ndarray
-    """int64 ``[B]``: the teacher's choice; STOP for finished rows."""
-    active: np.ndarray
-    """bool ``[B]``: rows that had not stopped before."""
-
-
-def roll_teacher(agents: PanoramicSimulator, starts: Any, goals: Any, headings: Any) -> Iterator[TeacherStep]:
-    """Walk every row along a shortest path to its goal, STOP included, until all have stopped.
-
-    Args:
-        agents: in either order of choices; left where the walk ends.
-        starts: the world's numbers of viewpoints, ``[B]``.
-        goals: the same.
-        headings: radians ``[B]``, at the start.
-
-    Yields:
-        One step at a time, as seen before the action.
-
-    Raises:
-        ValueError: a goal cannot be reached from its start.
-    """
-    hops = NextHops(agents.world)
-    now = agents.place(starts, headings)
-    goals = np.asarray(goals, dtype=np.int64)
-    active = np.ones(len(goals), dtype=bool)
-    while active.any():
-        action = teacher_actions(now, hops.towards(now.viewpoint, goals))
-        yield TeacherStep(now, action, active)
-        active = active & (action != now.stop)
-        now = agents.choose(action)
-
-
-def teacher_actions(seen: Panorama, following: np.ndarray) -> np.ndarray:
-    """Choices that lead to given viewpoints.
-
-    Args:
-        seen: a batch's candidates.
-        following: int64 ``[B]``: the viewpoint to go to; the own one for STOP.
-
-    Returns:
-        int64 ``[B]``.
-
-    Raises:
-        ValueError: a viewpoint is no candidate.
-    """
-    match = seen.candidate == following[:, None]
-    stays = following == seen.viewpoint
-    missing = ~match.any(axis=1)
-    if missing.any():
-        row = int(np.argmax(missing))
-        raise ValueError(f"row {row}: viewpoint {following[row]} is no candidate of {seen.viewpoint[row]}")
-    return np.where(stays, seen.stop, match.argmax(axis=1))
-
-
-class NextHops:
-    """First steps of shortest paths, in the world's numbers.
-
-    Args:
-        world: the scans.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._graphs = list(world.graphs.values())
-        self._starts = np.array([world.starts[graph.scan_id] for graph in self._graphs])
-
-    def towards(self, here: np.ndarray, goals: np.ndarray) -> np.ndarray:
-        """The next viewpoint of each row, the own one at the goal.
-
-        Args:
-            here: int64 ``[B]``.
-            goals: int64 ``[B]``, of the same scans.
-
-        Raises:
-            ValueError: there is no way.
-        """
-        scan = np.searchsorted(self._starts, here, side="right") - 1
-        found = np.full(len(here), -1, dtype=np.int64)
-        for number in np.unique(scan):
-            rows = np.flatnonzero(scan == number)
-            hops, start = self._graphs[number].next_hops, self._starts[number]
-            target = goals[rows] - start
-            inside = (target >= 0) & (target < len(hops))
-            step = hops[here[rows] - start, np.where(inside, target, 0)]
-            found[rows] = np.where(inside & (step >= 0), step + start, -1)
-        if (found < 0).any():
-            row = int(np.argmax(found < 0))
-            raise ValueError(f"row {row}: no way from viewpoint {here[row]} to {goals[row]}")
-        return found
-
-
-class Walk(NamedTuple):
-    """A path to roll: what R2R items and their like have."""
-
-    scan_id: str
-    start: str
-    """Viewpoint id."""
-    goal: str
-    """Viewpoint id."""
-    heading: float
-    """At the start, radians."""
-    num_texts: int
-    """Instructions for it; their rows follow each other in the order of the walks."""
-
-
-def walks_of(items: Sequence[Any]) -> list[Walk]:
-    """Walks of R2R items, or of whatever has their fields."""
-    return [
-        Walk(item.scan_id, item.path[0], item.path[-1], item.heading, len(item.instructions))
-        for item in items
-    ]
-
-
-def roll_triplets(world: World, walks: Sequence[Walk]) -> Triplets:
+def roll_triplets(world: World, walks: Sequence[Walk], *, shortest: bool = True) -> Triplets:
     """Triplets of all instructions of walks.
 
     Args:
         world: with all their scans.
         walks: their instructions are numbered from 0.
+        shortest: see `vln.walks.roll_walks`.
 
     Raises:
         ValueError: a scan or viewpoint is unknown, or a goal cannot be reached.
     """
-    starts = np.array([world.index(walk.scan_id, walk.start) for walk in walks], dtype=np.int64)
-    goals = np.array([world.index(walk.scan_id, walk.goal) for walk in walks], dtype=np.int64)
-    headings = np.array([walk.heading for walk in walks])
-    parts: list[list[np.ndarray]] = []
-    for first in range(0, len(walks), _BATCH):
-        rows = slice(first, first + _BATCH)
-        agents = PanoramicSimulator(world, batch_size=len(starts[rows]), order="follower")
-        for seen, action, active in roll_teacher(agents, starts[rows], goals[rows], headings[rows]):
-            row = np.flatnonzero(active)
-            view = seen.point_id[row, action[row]]
-            parts.append([row + first, seen.viewpoint[row], seen.view[row], action[row], view])
-    columns = zip(*parts, strict=True) if parts else [[np.zeros(0, dtype=np.int64)]] * 5
-    walk, viewpoint, view, action, target = map(np.concatenate, columns)
-    order = np.argsort(walk, kind="stable")  # from step by step to walk by walk
-    steps = np.bincount(walk, minlength=len(walks))
-    repeats = np.array([item.num_texts for item in walks], dtype=np.int64)
-    place, text = _repeat_blocks(steps, repeats)
-    chosen = order[place]
-    return Triplets(
-        viewpoint[chosen].astype(np.int32),
-        view[chosen].astype(np.int16),
-        action[chosen].astype(np.int16),
-        target[chosen].astype(np.int16),
-        text,
-    )
+    table = roll_walks(world, walks, shortest=shortest)
+    repeats = np.array([walk.num_texts for walk in walks], dtype=np.int64)
+    place, text = _repeat_blocks(table.length, repeats)
+    columns = (table.viewpoint, table.view, table.action, table.target_view)
+    return Triplets(*(column[place] for column in columns), text)
 
 
 def _repeat_blocks(sizes: np.ndarray, repeats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
