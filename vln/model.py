@@ -309,10 +309,11 @@ class Prevalent(PreTrainedModel):
         if text and not cross:
             raise ValueError("text=True needs cross=True: gradients reach the text through the cross layers")
         self.config.train_text, self.config.train_cross = text, cross
-        for module in (self.embeddings, self.text_layers):
-            module.requires_grad_(text)
-        for module in (self.view_projection, self.view_norm, self.cross_layers):
-            module.requires_grad_(cross)
+        of_text: list[nn.Module] = [self.embeddings, self.text_layers]
+        of_both: list[nn.Module] = [self.view_projection, self.view_norm, self.cross_layers]
+        for modules, trains in ((of_text, text), (of_both, cross)):
+            for module in modules:
+                module.requires_grad_(trains)
         self._rest_idle()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -75,8 +75,13 @@ def roll_triplets(world: World, walks: Sequence[Walk], *, shortest: bool = True)
     table = roll_walks(world, walks, shortest=shortest)
     repeats = np.array([walk.num_texts for walk in walks], dtype=np.int64)
     place, text = _repeat_blocks(table.length, repeats)
-    columns = (table.viewpoint, table.view, table.action, table.target_view)
-    return Triplets(*(column[place] for column in columns), text)
+    return Triplets(
+        viewpoint=table.viewpoint[place],
+        view=table.view[place],
+        action=table.action[place],
+        target_view=table.target_view[place],
+        text=text,
+    )
 
 
 def _repeat_blocks(sizes: np.ndarray, repeats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
