@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from benchmarks.golden import EXACT, Case, Tolerance
+from benchmarks.parity_hanna import check_assistant
 from benchmarks.parity_navgraph import array, find_graphs
+from benchmarks.parity_prevalent import check_agent, check_pretraining
 from vln.candidates import PanoramicSimulator
 from vln.data import hanna_task, read_ndh, read_r2r
 from vln.metrics import (
@@ -26,6 +28,8 @@ from vln.metrics import (
 from vln.navgraph import NavGraph
 from vln.sources import Document, parse_json, read_document
 from vln.submission import parse_submission
+from vln.triplets import Triplets, roll_triplets
+from vln.walks import Walk, roll_teacher
 from vln.world import World
 
 SCORE = Tolerance(0.0, 0.0, 1e-9)
@@ -47,14 +51,17 @@ _T = TypeVar("_T")
 
 
 def check(case: Case, places: Sequence[Path]) -> None:
-    """One file: scores of R2R, NDH or HANNA, or pre-training labels; the agent's own files are left.
+    """One file: scores of R2R, NDH or HANNA, labels of pre-training, or networks.
 
     Args:
         case: the file.
         places: where items and connectivity may lie, in order.
     """
     if case.path.suffix == ".npz":
-        case.leave(case.arrays, "the agent's networks")
+        if "in/img_feats" in case.arrays:
+            check_pretraining(case)
+        else:
+            check_agent(case)
         return
     document = parse_json(read_document(case.path))
     checker = {"r2r": _check_r2r, "ndh": _check_ndh, "hanna": _check_hanna, "triplets": _check_triplets}
@@ -110,9 +117,8 @@ def _check_hanna(case: Case, document: Mapping[str, Any], places: Sequence[Path]
     results = _submission(case, document).results
     scores = score_hanna(results, tasks, graphs, success_radius=document["success_radius"])
     _compare(case, "", document, scores, HANNA_SUMMARY)
-    later = [name for name in ("anna_queries", "teacher_episodes") if name in document]
-    case.add({name: np.zeros(0) for name in later})
-    case.leave(later, "assistant and teachers")
+    if "anna_queries" in document:
+        check_assistant(case, document, graphs | find_graphs(document["routes"], places))
 
 
 def _compare(
@@ -143,47 +149,62 @@ def _check_triplets(case: Case, document: Mapping[str, Any], places: Sequence[Pa
     episodes = document["episodes"]
     items = {item.path_id: item for item in _find_items(read_r2r, document["split"], places)}
     world = World(find_graphs((episode["scan"] for episode in episodes), places))
-    agent = PanoramicSimulator(world, order="follower")
     stored: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
     for episode in episodes:
         graph, start = world.graphs[episode["scan"]], world.starts[episode["scan"]]
         stored += [_stored_label(step, graph, start) for step in episode["steps"]]
-        found += _labels(agent, graph, items[episode["path_id"]].path, episode["heading"])
+    walks = [
+        Walk(episode["scan"], items[episode["path_id"]].path, episode["heading"]) for episode in episodes
+    ]
+    found = _labels(world, walks)
     names = stored[0].keys()
     case.add({name: _joined([record[name] for record in stored]) for name in names})
     for name in names:
         tolerance = ANGLE if name.endswith(("angles", "emd")) else EXACT
         case.compare(name, array(_joined([record[name] for record in found])), tolerance)
+    _compare_table(case, roll_triplets(world, walks), found)
 
 
-def _labels(
-    agent: PanoramicSimulator, graph: NavGraph, path: Sequence[str], heading: float
-) -> Iterator[dict[str, Any]]:
-    """One record a step of the teacher, the stop included."""
-    world, start = agent.world, agent.world.starts[graph.scan_id]
-    now = agent.new_episodes([graph.scan_id], [path[0]], [heading])
-    action = -1
-    while action != 0:
-        listed = slice(int(now.num_choices[0]))
-        way = graph.shortest_path(world.viewpoint_ids[now.viewpoint[0]], path[-1])
-        candidates = now.candidate[0, listed].tolist()
-        action = candidates.index(start + graph.index(way[1]), 1) if len(way) > 1 else 0
-        angles = np.stack([now.rel_heading[0, listed], now.rel_elevation[0, listed]], axis=1)
-        yield {
-            "viewpoint": now.viewpoint,
-            "view_index": now.view,
-            "heading": now.heading,
-            "elevation": now.elevation,
-            "num_candidates": now.num_choices,
-            "candidate": candidates,
-            "candidate_view": now.point_id[0, listed],
-            "candidate_angles": angles[1:],
-            "teacher_action": action,
-            # A stop has no direction: the original writes 90.
-            "teacher_action_emd": [now.point_id[0, action], *(angles[action] if action else (90.0, 90.0))],
-        }
-        now = agent.choose([action])
+def _labels(world: World, walks: Sequence[Walk]) -> list[dict[str, Any]]:
+    """One record a step of the teacher, the stop included, walk by walk."""
+    agents = PanoramicSimulator(world, batch_size=len(walks), order="follower")
+    starts, goals = ([world.index(walk.scan_id, walk.path[end]) for walk in walks] for end in (0, -1))
+    records: list[list[dict[str, Any]]] = [[] for _ in walks]
+    for now, actions, active in roll_teacher(agents, starts, goals, [walk.heading for walk in walks]):
+        for row in np.flatnonzero(active):
+            listed, action = slice(int(now.num_choices[row])), int(actions[row])
+            angles = np.stack([now.rel_heading[row, listed], now.rel_elevation[row, listed]], axis=1)
+            records[row].append(
+                {
+                    "viewpoint": now.viewpoint[row],
+                    "view_index": now.view[row],
+                    "heading": now.heading[row],
+                    "elevation": now.elevation[row],
+                    "num_candidates": now.num_choices[row],
+                    "candidate": now.candidate[row, listed].astype(np.int64),
+                    "candidate_view": now.point_id[row, listed],
+                    "candidate_angles": angles[1:],
+                    "teacher_action": action,
+                    # A stop has no direction: the original writes 90.
+                    "teacher_action_emd": [
+                        now.point_id[row, action], *(angles[action] if action else (90.0, 90.0))
+                    ],
+                }
+            )  # fmt: skip
+    return [record for walk in records for record in walk]
+
+
+def _compare_table(case: Case, triplets: Triplets, found: list[dict[str, Any]]) -> None:
+    """The table that training reads says the same."""
+    columns = {
+        "viewpoint": triplets.viewpoint,
+        "view_index": triplets.view,
+        "teacher_action": triplets.action,
+        "teacher_action_emd": triplets.target_view,
+    }
+    for name, column in columns.items():
+        expected = [record[name] if name != "teacher_action_emd" else record[name][0] for record in found]
+        case.require(np.array_equal(column, np.array(expected)), f"the table of triplets differs in {name}")
 
 
 def _stored_label(step: Mapping[str, Any], graph: NavGraph, start: int) -> dict[str, Any]:
