@@ -37,6 +37,7 @@ from backbones.configs import (
     UGATITTraining,
 )
 from backbones.presets import PRESETS
+from benchmarks.memory import peak_mib
 from fq.provenance import provenance
 from fq.run import write_atomically
 
@@ -266,11 +267,9 @@ def peak(name: str, mode: Mode) -> float:
 
 
 def _print_peak(name: str, mode: Mode) -> None:
-    import resource
-
     with tempfile.TemporaryDirectory() as folder:
         _Turns([_prepared(on_cpu(name), mode, Path(folder), 3)]).run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_mib())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -280,6 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
     parser.add_argument("--peak", nargs=2, metavar=("BACKBONE", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument("--only-peaks", action="store_true", help="keep the times that --out holds")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/steps.json"), help="JSON to write"
     )
@@ -288,7 +288,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.peak:
         _print_peak(*options.peak)
         return
-    result: dict[str, Any] = {}
+    if options.only_peaks:
+        result: dict[str, Any] = json.loads(options.out.read_text())
+        for name in options.backbones:
+            result[name]["peak_mib"] = {mode: peak(name, mode) for mode in MODES}
+        write_atomically(options.out, json.dumps(result, indent=2) + "\n")
+        return
+    result = {}
     for name in options.backbones:
         result[name] = measure(on_cpu(name), steps=options.steps)
         if not torch.cuda.is_available():
