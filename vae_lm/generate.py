@@ -423,7 +423,8 @@ class Traverse(_OfTexts):
         given, options = self.all_texts(), self.decoding.options()
         columns = [traverse(model, text, self.dimension, self.values, **options) for text in given]
         numbers = [f"{value:g}" for value in self.values]
-        return Table((f"z[{self.dimension}]", *given), list(zip(numbers, *columns, strict=True)))
+        rows: list[tuple[str, ...]] = list(zip(numbers, *columns, strict=True))
+        return Table((f"z[{self.dimension}]", *given), rows)
 
 
 @dataclass(frozen=True, kw_only=True)
