@@ -139,9 +139,9 @@ def scatter(points: np.ndarray, colours: Sequence[Any], *, title: str, legend: s
     else:
         names = sorted(set(colours))
         for number, name in enumerate(names):
-            chosen = points[[colour == name for colour in colours]]
-            axes.scatter(chosen[:, 0], chosen[:, 1], s=size, color=f"C{number}" if len(names) <= 10 else _colour(number),
-                         label=name, linewidths=0)  # fmt: skip
+            chosen = points[[given == name for given in colours]]
+            colour = f"C{number}" if len(names) <= 10 else _colour(number)
+            axes.scatter(chosen[:, 0], chosen[:, 1], s=size, color=colour, label=name, linewidths=0)
         if len(names) > 1:
             figure.legend(title=legend, loc="outside right upper", markerscale=2, fontsize="small")
     axes.set(title=title, xticks=[], yticks=[])
