@@ -251,7 +251,8 @@ def bert_loss(model: BertModel, batch: Batch) -> Tensor:
 def gpt2_loss(model: GPT2LMHeadModel, batch: Batch) -> Tensor:
     """Transformers' own; right padding needs no mask, so that it is as fast as it can be."""
     ids = batch.decoder_ids
-    labels = ids.where(ids != model.config.pad_token_id, -100)
+    pad: Any = model.config.pad_token_id
+    labels = ids.masked_fill(ids == pad, -100)
     loss: Tensor = model(input_ids=ids, labels=labels, use_cache=False).loss
     return loss
 

@@ -423,8 +423,7 @@ class Traverse(_OfTexts):
         given, options = self.all_texts(), self.decoding.options()
         columns = [traverse(model, text, self.dimension, self.values, **options) for text in given]
         numbers = [f"{value:g}" for value in self.values]
-        rows: list[tuple[str, ...]] = list(zip(numbers, *columns, strict=True))
-        return Table((f"z[{self.dimension}]", *given), rows)
+        return Table((f"z[{self.dimension}]", *given), list(zip(numbers, *columns, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,7 +439,7 @@ class Nearest(_OfTexts):
         """Text, distance, neighbour."""
         given, choices = self.all_texts(), sources.texts(self.bank)
         found = nearest(model.encode(given).mu, model.encode(choices).mu, count=self.count)
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (text, f"{distance:.3f}", choices[index])
             for text, indices, distances in zip(given, *map(Tensor.tolist, found), strict=True)
             for index, distance in zip(indices, distances, strict=True)
