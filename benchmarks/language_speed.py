@@ -9,6 +9,7 @@ is compared takes turns in one process of one thread, and is timed by what it ha
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -84,7 +85,9 @@ def bert_config(sizes: Sizes) -> BertConfig:
 
 def gpt2_config(sizes: Sizes) -> GPT2Config:
     """GPT-2 small with three tokens more, or a small one of the sizes."""
-    special = {f"{name}_token_id": sizes.vocabulary - 3 + i for i, name in enumerate(("pad", "bos", "eos"))}
+    special: dict[str, Any] = {
+        f"{name}_token_id": sizes.vocabulary - 3 + i for i, name in enumerate(("pad", "bos", "eos"))
+    }
     return GPT2Config(
         vocab_size=sizes.vocabulary,
         n_embd=sizes.width,
@@ -248,7 +251,8 @@ def bert_loss(model: BertModel, batch: Batch) -> Tensor:
 def gpt2_loss(model: GPT2LMHeadModel, batch: Batch) -> Tensor:
     """Transformers' own; right padding needs no mask, so that it is as fast as it can be."""
     ids = batch.decoder_ids
-    labels = ids.masked_fill(ids == model.config.pad_token_id, -100)
+    pad: Any = model.config.pad_token_id
+    labels = ids.masked_fill(ids == pad, -100)
     loss: Tensor = model(input_ids=ids, labels=labels, use_cache=False).loss
     return loss
 
@@ -270,7 +274,9 @@ def training(sizes: Sizes, *, rounds: int) -> dict[str, Any]:
     shortest, longest = sizes.lengths
     for size in sizes.batches:
         batch = random_batch(sizes, size, shortest=shortest, longest=longest)
-        calls = {name: lambda one=one, batch=batch: one.step(batch) for name, one in trainers.items()}
+        calls: dict[str, Callable[[], Any]] = {
+            name: functools.partial(one.step, batch) for name, one in trainers.items()
+        }
         spent, _ = take_turns(calls, rounds)
         parts = [one + other for one, other in zip(spent["BERT"], spent["GPT-2"], strict=True)]
         tokens = int((batch.decoder_ids != sizes.vocabulary - 3).sum())
@@ -388,7 +394,8 @@ def on_gpu(
             return our_loss(model, rows)
 
     cuda = device.type == "cuda"
-    trainer = Trainer(our_model(sizes._replace(latent_dim=latent_dim)).to(device), loss)
+    model: torch.nn.Module = our_model(sizes._replace(latent_dim=latent_dim))
+    trainer = Trainer(model.to(device), loss)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     rows = Batch(*(ids.to(device) for ids in random_batch(sizes, batch, shortest=tokens, longest=tokens)))

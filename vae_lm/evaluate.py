@@ -380,13 +380,13 @@ def table(result: dict[str, Any]) -> str:
     if len(models) > 1:
         lines += [f"  ({column}) {name}" for column, name in enumerate(models, 1)]
         numbers = [f"({column})".rjust(12) for column in range(1, len(models) + 1)]
-        lines.append(" " * 18 + "".join(numbers))
+        lines.append(" " * 18 + " ".join(numbers))
     for name, meaning in DEFINITIONS.items():
         values = [figures[name] for figures in models.values()]
         if all(value is None for value in values):
             continue
         cells = [f"{'-' if value is None else f'{value:.4f}':>12}" for value in values]
-        lines.append(f"{name:18}{''.join(cells)}  {meaning}")
+        lines.append(f"{name:18}{' '.join(cells)}  {meaning}")
     if settings["reconstruct"] and all(figures["bleu"] is None for figures in models.values()):
         lines.append("no BLEU of the reconstructions: pip install sacrebleu")
     return "\n".join(lines)

@@ -439,7 +439,7 @@ class Nearest(_OfTexts):
         """Text, distance, neighbour."""
         given, choices = self.all_texts(), sources.texts(self.bank)
         found = nearest(model.encode(given).mu, model.encode(choices).mu, count=self.count)
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (text, f"{distance:.3f}", choices[index])
             for text, indices, distances in zip(given, *map(Tensor.tolist, found), strict=True)
             for index, distance in zip(indices, distances, strict=True)

@@ -132,14 +132,16 @@ def scatter(points: np.ndarray, colours: Sequence[Any], *, title: str, legend: s
     axes = figure.subplots()
     size = min(20.0, 4000 / len(points) + 2)
     if all(isinstance(colour, int | float) for colour in colours):
-        drawn = axes.scatter(*points.T, c=np.array(colours, float), s=size, cmap="viridis", linewidths=0)
+        drawn = axes.scatter(
+            points[:, 0], points[:, 1], c=np.array(colours, float), s=size, cmap="viridis", linewidths=0
+        )
         figure.colorbar(drawn, label=legend)
     else:
         names = sorted(set(colours))
         for number, name in enumerate(names):
-            chosen = points[[colour == name for colour in colours]]
-            axes.scatter(*chosen.T, s=size, color=f"C{number}" if len(names) <= 10 else _colour(number),
-                         label=name, linewidths=0)  # fmt: skip
+            chosen = points[[given == name for given in colours]]
+            colour = f"C{number}" if len(names) <= 10 else _colour(number)
+            axes.scatter(chosen[:, 0], chosen[:, 1], s=size, color=colour, label=name, linewidths=0)
         if len(names) > 1:
             figure.legend(title=legend, loc="outside right upper", markerscale=2, fontsize="small")
     axes.set(title=title, xticks=[], yticks=[])
