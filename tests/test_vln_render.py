@@ -175,6 +175,11 @@ def test_a_stop_at_the_start_does_not_hide_it():
     graph = house()
     drawn = draw_episode(graph, episode(graph, 0, 1, predicted=("house-0", "house-0")))
     assert math.dist(drawn.marks["start"][0], drawn.marks["end"][0]) > 15
+    wide = street()
+    for node in (0, 29):
+        drawn = draw_episode(wide, episode(wide, node, 15, predicted=(f"street-{node}",)))
+        (x, y), frame = drawn.marks["end"][0], drawn.figure.axes[0].get_window_extent()
+        assert frame.x0 <= x <= frame.x1 and frame.y0 <= drawn.size[1] - y <= frame.y1
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path):
