@@ -195,7 +195,6 @@ class Sheet:
                 ends = np.array([middle - along, middle + along])
                 axes.plot(*ends.T, color=_ROOM, linewidth=3, solid_capstyle="butt", zorder=1.5)
         spots = self.graph.positions[[node for node in visited if self.floors[node] == floor], :2]
-        taken += [Area(x - 0.1 * inch, x + 0.1 * inch, y - 0.1 * inch, y + 0.1 * inch) for x, y in spots]
         self._landmarks(axes, list(self._things(floor)), spots, taken, text)
 
     def _things(self, floor: int) -> Iterator[Landmark]:
@@ -210,13 +209,14 @@ class Sheet:
     def _landmarks(
         self, axes: Axes, things: Sequence[Landmark], spots: np.ndarray, taken: list[Area], text: str
     ) -> None:
-        inch, words = 1 / self.scale, set(text.lower().split())
+        inch, text = 1 / self.scale, text.lower()
+        marks = [Area(x - 0.1 * inch, x + 0.1 * inch, y - 0.1 * inch, y + 0.1 * inch) for x, y in spots]
 
         def away(thing: Landmark) -> float:
             return min((math.dist(thing.position[:2], spot) for spot in spots), default=0.0)
 
-        def order(thing: Landmark) -> tuple[int, float]:
-            return -len(words & set(thing.name.split())), away(thing)
+        def order(thing: Landmark) -> tuple[bool, float]:
+            return thing.name not in text, away(thing)
 
         for thing in sorted(things, key=order):
             x, y, _ = thing.position
@@ -226,15 +226,24 @@ class Sheet:
                 x, y, "s", color=colour if near else "#bdbdbd", markersize=4.5 if near else 2.5,
                 markeredgecolor="black", mew=0.5 * near, zorder=1.7,
             )  # fmt: skip
-            left, low = x + 0.06 * inch, y - 0.06 * inch
-            box = Area(left, left + 0.058 * len(thing.name) * inch, low, low + 0.12 * inch)
-            inside = box.right < self.area.right and low > self.area.bottom and box.top < self.area.top
-            if len(spots) and near and inside and not any(box.overlaps(other) for other in taken):
-                axes.text(
-                    left, y, thing.name, fontsize=6.5, va="center_baseline", color="#202020", zorder=3.5,
-                    clip_on=True,
-                )  # fmt: skip
-                taken.append(box)
+            if not len(spots) or not near:
+                continue
+            wanted = thing.name in text
+            size = 0.066 if wanted else 0.058  # inches a letter, bold or not
+            reach, low = size * len(thing.name) * inch, y - 0.06 * inch
+            for side, left in (("left", x + 0.06 * inch), ("right", x - 0.06 * inch - reach)):
+                box = Area(left, left + reach, low, low + 0.12 * inch)
+                inside = self.area.left < left and box.right < self.area.right and low > self.area.bottom
+                # What the instruction names is written even where a path passes.
+                others = taken if wanted else taken + marks
+                if inside and not any(box.overlaps(other) for other in others):
+                    axes.text(
+                        x + (0.06 if side == "left" else -0.06) * inch, y, thing.name, fontsize=6.5, ha=side,
+                        va="center_baseline", weight="bold" if wanted else "normal", color="#202020",
+                        zorder=3.5, clip_on=True,
+                    )  # fmt: skip
+                    taken.append(box)
+                    break
 
     def _write(self, text: str, x: float, y: float, size: float, **style: Any) -> None:
         """Text with its upper left corner at inches from that of the page."""
