@@ -1,6 +1,7 @@
 """The embedded world: what its houses look like, that it repeats, and what it writes."""
 
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -279,3 +280,9 @@ def test_command_writes_features_that_the_store_opens(tmp_path, capsys):
 def test_shares_are_shares():
     for shares in EDGE_SHARES.values():
         assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_missing_tokeniser_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match="pip install 'transformers"):
+        word_tokenizer()

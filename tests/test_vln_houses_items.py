@@ -16,7 +16,7 @@ from vln.world import World
 
 @pytest.fixture(scope="module")
 def world():
-    return generate(HousesConfig(num_seen=4, num_unseen=3, train_groups=20, val_groups=15))
+    return generate(HousesConfig(num_seen=4, num_unseen=3, train_groups=16, val_groups=10))
 
 
 @pytest.fixture(scope="module")

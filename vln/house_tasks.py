@@ -158,7 +158,7 @@ class Walks:
         goals = [path[-1] for path in group.paths]
         walk = self.straight(start, group.heading)
         dead = next((n for n in range(1, _LONGEST_WALK) if self.degree[walk[n]] == 1), _LONGEST_WALK)
-        near = self.distances[np.ix_(walk, goals)] < SUCCESS_RADIUS
+        near = self.distances[np.ix_(walk, np.array(goals))] < SUCCESS_RADIUS
         chance = float(self.chance[start, goals].sum())
         hits = [
             float(self.rank_one(start, np.array(goals), group.heading).sum()),
@@ -186,6 +186,9 @@ def draw_groups(
 ) -> Iterator[Group]:
     """Groups of paths, spread over houses by their size.
 
+    Goals are alike in all splits and habits near chance as long as there are houses enough; a world of a few
+    houses takes what there is.
+
     Args:
         walks: scan ids to houses.
         wanted: edges of the paths of each group.
@@ -207,8 +210,8 @@ def draw_groups(
     for number, num_edges in enumerate(wanted):
         room = share * group_size * (number + 1) + _GOAL_SLACK - ends
         for attempt in range(_MOST_ATTEMPTS):
-            # A world of a few houses may have no such group left; a few paths too many are no habit yet.
-            lax = 2 * attempt > _MOST_ATTEMPTS
+            # A world of a few houses may have no such group left: then a few paths too many, then any.
+            lax, desperate = 2 * attempt > _MOST_ATTEMPTS, 4 * attempt > 3 * _MOST_ATTEMPTS
             name = names[int(random.choice(len(names), p=weight / weight.sum()))]
             group = _draw_group(
                 walks[name],
@@ -225,7 +228,7 @@ def draw_groups(
             more, by_chance = walks[name].tally(group)
             limit = _ALLOWED * (chance + by_chance) + group_size * lax
             worse = (hits + more > limit) & (more > by_chance)
-            if worse.any():
+            if worse.any() and not desperate:
                 continue
             hits, chance = hits + more, chance + by_chance
             np.add.at(ends, walks[name].goal_kind[[path[-1] for path in group.paths]], 1)
