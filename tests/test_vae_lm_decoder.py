@@ -99,6 +99,34 @@ def test_greedy_tokens_are_those_of_recomputing_the_text(injection, attention, p
     assert torch.equal(told(model, z, ids, eos_token_id=None, use_cache=False), expected)
 
 
+@pytest.mark.parametrize("end", ["none", "early", "one of two", "all at once"])
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_the_short_way_of_greedy_decoding_gives_what_generate_gives(injection, end, monkeypatch):
+    monkeypatch.setattr("vae_lm.decoder._VOCABULARY_AT_ONCE", 64)
+    model, z = decoder(injection), latents(4)
+    model.generation_config.eos_token_id = None
+    free = model.greedy(z, max_new_tokens=9)
+    assert free.shape == (4, 10) and torch.equal(free, told(model, z, max_new_tokens=9))
+    ends = {"early": int(free[0, 3]), "one of two": [int(free[0, 3]), int(free[1, 5])]}
+    if end == "all at once":
+        z, ends = z[:1].expand(4, -1), {end: int(free[0, 4])}
+    model.generation_config.eos_token_id = ends.get(end)
+    found = model.greedy(z, max_new_tokens=9)
+    assert torch.equal(found, told(model, z, max_new_tokens=9))
+    assert end == "none" or (found[0] == model.config.pad_token_id).any() or found.shape[1] < 10
+
+
+def test_only_plain_settings_take_the_short_way():
+    model = decoder()
+    assert model.is_plainly_greedy()
+    for name, value in (("num_beams", 2), ("repetition_penalty", 1.5), ("do_sample", True)):
+        before = getattr(model.generation_config, name)
+        setattr(model.generation_config, name, value)
+        assert not model.is_plainly_greedy(), name
+        setattr(model.generation_config, name, before)
+    assert model.is_plainly_greedy()
+
+
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_beams_of_a_batch_are_those_of_one_text_at_a_time_and_of_no_cache(injection):
     model, z = decoder(injection), latents(3)

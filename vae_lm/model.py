@@ -448,6 +448,9 @@ class Optimus(PreTrainedModel):
         with self._inference(), _seeded(seed, self.device):
             for first in range(0, len(latents), _at_least_one(batch_size)):
                 part = latents[first : first + batch_size].to(self.device)
+                if not generation and decoder.is_plainly_greedy():
+                    texts += tokenizers.texts(decoder.greedy(part, max_new_tokens=limit))
+                    continue
                 start = torch.full((len(part), 1), bos, device=self.device)
                 ids = decoder.generate(
                     start,
