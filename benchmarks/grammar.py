@@ -25,7 +25,7 @@ from vae_lm import Optimus
 from vae_lm.grammar import FACTORS, AnalogyItem, analogy_items, factors_of, splits
 
 SEED, NUM_ITEMS = 20_200, 1_000
-"""Fixed before any model was trained."""
+"""Fixed before any model was asked."""
 
 LEAST_ANALOGY, LEAST_SCALE_0, MOST_SHUFFLED = 0.6, 0.9, 0.1
 

@@ -87,7 +87,7 @@ def test_mistakes_are_told_apart():
         item.c,
         sentence(told._replace(object=other)),
         sentence(factors_of(item.c)._replace(object=other)),
-        "A dog.",
+        "a dog.",
     ]
     answers = [grammar.Answers("analogy", said, [item.d] * 5)]
     assert grammar._mistakes(answers[0], [item] * 5) == {

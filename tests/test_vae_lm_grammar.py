@@ -26,22 +26,22 @@ combinations = st.builds(Factors, *(st.sampled_from(values) for values in FACTOR
 @pytest.mark.parametrize(
     "factors, expected",
     [
-        (("child", "plural", "present", "carry", "drum", "in the garden", "statement"),
-         "The children carry the drum in the garden."),
-        (("woman", "singular", "present", "carry", "clock", "at the market", "statement"),
-         "The woman carries the clock at the market."),
-        (("thief", "plural", "past", "hide", "lamp", "under the old oak", "guess"),
-         "Perhaps the thieves hid the lamp under the old oak."),
-        (("nurse", "singular", "present", "sell", "chair", "on the bridge", "negation"),
-         "The nurse does not sell the chair on the bridge."),
-        (("baker", "plural", "future", "repair", "mirror", "near the river", "negation"),
-         "The bakers will not repair the mirror near the river."),
-        (("sailor", "plural", "present", "find", "basket", "behind the school", "question"),
-         "Do the sailors find the basket behind the school?"),
-        (("farmer", "singular", "past", "draw", "bicycle", "in the garden", "question"),
-         "Did the farmer draw the bicycle in the garden?"),
-        (("teacher", "singular", "future", "clean", "ladder", "in the garden", "guess"),
-         "Perhaps the teacher will clean the ladder in the garden."),
+        (("monk", "two", "present", "carrying", "drum", "in the garden", "statement"),
+         "the monk is carrying two drums in the garden."),
+        (("girl", "one", "past", "hiding", "clock", "at the market", "statement"),
+         "the girl was hiding one clock at the market."),
+        (("king", "one", "future", "buying", "flag", "under the old oak", "guess"),
+         "perhaps the king will be buying one flag under the old oak."),
+        (("nurse", "two", "present", "selling", "chair", "on the bridge", "negation"),
+         "the nurse is not selling two chairs on the bridge."),
+        (("baker", "one", "future", "repairing", "violin", "near the river", "negation"),
+         "the baker will not be repairing one violin near the river."),
+        (("pilot", "two", "future", "painting", "basket", "behind the school", "question"),
+         "will the pilot be painting two baskets behind the school?"),
+        (("friend", "one", "past", "drawing", "bicycle", "in the garden", "question"),
+         "was the friend drawing one bicycle in the garden?"),
+        (("clown", "two", "past", "cleaning", "barrel", "in the garden", "guess"),
+         "perhaps the clown was cleaning two barrels in the garden."),
     ],
 )  # fmt: skip
 def test_sentences_are_english(factors, expected):
@@ -54,12 +54,12 @@ def test_every_combination_is_a_sentence_of_its_own_that_tells_all_factors():
     texts = {sentence(factors): factors for factors in every}
     assert len(texts) == len(every) == NUM_COMBINATIONS
     assert all(factors_of(text) == factors for text, factors in texts.items())
-    assert {len(text.split()) for text in texts} <= set(range(6, 13))
+    assert {len(text.split()) for text in texts} <= set(range(9, 13))
 
 
 @given(factors=combinations, other=combinations)
-def test_changing_one_factor_keeps_the_words_of_all_nouns_but_its_own(factors, other):
-    for name in ("object", "place"):
+def test_changing_a_word_keeps_all_others(factors, other):
+    for name in ("subject", "action", "object", "place"):
         changed = sentence(factors._replace(**{name: getattr(other, name)}))
         assert changed.replace(getattr(other, name), getattr(factors, name)) == sentence(factors)
 
@@ -79,8 +79,8 @@ def test_sets_share_nothing_and_the_fifth_to_train_on_has_every_value_often():
 def test_the_seed_alone_decides_on_every_machine():
     digest = hashlib.sha256("\n".join(itertools.chain(*splits().values())).encode()).hexdigest()
     items = hashlib.sha256(repr(analogy_items(7, 50)).encode()).hexdigest()
-    assert digest[:16] == "e49decc372a96346"
-    assert items[:16] == "e664668550de31f5"
+    assert digest[:16] == "36eb5845a6d543d8"
+    assert items[:16] == "5e7134402b1aef59"
     assert splits(1)["train"] != splits(0)["train"] and set(splits(1)["train"]) != set(splits(0)["train"])
     other = "from vae_lm.grammar import splits; print(splits()['train'][:3])"
     run = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=True)
@@ -118,8 +118,8 @@ def test_fewer_analogies_are_the_first_of_more():
 
 def test_what_the_grammar_does_not_know_is_refused():
     with pytest.raises(ValueError, match="mood is 'order' but must be one of statement, negation"):
-        sentence(Factors("nurse", "plural", "past", "hide", "lamp", "in the garden", "order"))
-    with pytest.raises(ValueError, match=r"'The nurses hid a lamp\.' is not a sentence of the grammar"):
-        factors_of("The nurses hid a lamp.")
+        sentence(Factors("nurse", "two", "past", "hiding", "flag", "in the garden", "order"))
+    with pytest.raises(ValueError, match=r"'the nurse hid a flag\.' is not a sentence of the grammar"):
+        factors_of("the nurse hid a flag.")
     with pytest.raises(ValueError, match="count is -1"):
         analogy_items(0, -1)

@@ -1,8 +1,8 @@
 """A seeded corpus of English sentences whose factors are known, so that the truth of an analogy is known.
 
-Seven factors (who, one or many, when, does what, to what, where, said how) combine freely: every combination
-is one correct sentence, no two give the same, and a sentence tells all seven. Words change with number and
-tense alone. Nothing is downloaded, and the same seed gives the same sentences on every machine.
+Seven factors (who, when, does what, to how many, of what, where, said how) combine freely: every combination
+is one correct sentence, no two give the same, and a sentence tells all seven. Nothing is downloaded, and the
+same seed gives the same sentences on every machine. All is in lower case, as in PTB and SNLI.
 """
 
 from __future__ import annotations
@@ -14,47 +14,29 @@ import math
 import random
 from typing import NamedTuple
 
-SUBJECTS = {
-    "farmer": "farmers",
-    "teacher": "teachers",
-    "child": "children",
-    "sailor": "sailors",
-    "nurse": "nurses",
-    "woman": "women",
-    "baker": "bakers",
-    "thief": "thieves",
-}
-"""One and many."""
-
-ACTIONS = {
-    "paint": ("paints", "painted"),
-    "sell": ("sells", "sold"),
-    "hide": ("hides", "hid"),
-    "clean": ("cleans", "cleaned"),
-    "carry": ("carries", "carried"),
-    "find": ("finds", "found"),
-    "repair": ("repairs", "repaired"),
-    "draw": ("draws", "drew"),
-}
-"""Plain form, third person and past; each can be done to every object at every place."""
-
 FACTORS: dict[str, tuple[str, ...]] = {
-    "subject": tuple(SUBJECTS),
-    "number": ("singular", "plural"),
+    "subject": ("baker", "pilot", "king", "clown", "monk", "friend", "girl", "nurse"),
+    "number": ("one", "two"),
     "tense": ("present", "past", "future"),
-    "action": tuple(ACTIONS),
-    "object": ("lamp", "basket", "chair", "mirror", "clock", "bicycle", "drum", "ladder"),
+    "action": (
+        *("painting", "selling", "hiding", "cleaning"),
+        *("carrying", "repairing", "drawing", "buying"),
+    ),
+    "object": ("flag", "basket", "chair", "clock", "drum", "bicycle", "barrel", "violin"),
     "place": (
-        "in the garden",
-        "at the market",
-        "near the river",
-        "behind the school",
-        "on the bridge",
-        "under the old oak",
+        *("in the garden", "at the market", "near the river"),
+        *("behind the school", "on the bridge", "under the old oak"),
     ),
     "mood": ("statement", "negation", "question", "guess"),
 }
-"""Values of every factor, in the order of `Factors`."""
+"""Values of every factor, in the order of `Factors`; the number is that of the object."""
+
+_VERBS = {"present": ("is", ""), "past": ("was", ""), "future": ("will", " be")}
+"""What a question puts first, and what it leaves behind."""
+
+VOCAB_SIZE = 400
+"""Of a vocabulary for these sentences, so small that a plural is the pieces of its noun and an s: were it one
+piece, nothing would tell a network what two of the things have in common with one."""
 
 NUM_COMBINATIONS = math.prod(map(len, FACTORS.values()))
 
@@ -90,14 +72,14 @@ def sentence(factors: Factors) -> str:
         factors: one value of each factor.
 
     Returns:
-        8 to 11 words with a capital and a full stop or question mark.
+        9 to 12 words in lower case, with a full stop or question mark.
 
     Raises:
         ValueError: a value that its factor does not have.
 
     Example:
-        >>> sentence(Factors("child", "plural", "past", "hide", "drum", "near the river", "question"))
-        'Did the children hide the drum near the river?'
+        >>> sentence(Factors("monk", "two", "past", "hiding", "drum", "near the river", "question"))
+        'was the monk hiding two drums near the river?'
     """
     for name, value in factors._asdict().items():
         if value not in FACTORS[name]:
@@ -106,19 +88,15 @@ def sentence(factors: Factors) -> str:
 
 
 def _said(factors: Factors) -> str:
-    plural = factors.number == "plural"
-    who = f"the {SUBJECTS[factors.subject] if plural else factors.subject}"
-    what = f"the {factors.object} {factors.place}"
-    helper = {"present": "do" if plural else "does", "past": "did", "future": "will"}[factors.tense]
+    who, (verb, rest) = f"the {factors.subject}", _VERBS[factors.tense]
+    things = f"{factors.object}s" if factors.number == "two" else factors.object
+    what = f"{factors.action} {factors.number} {things} {factors.place}"
     if factors.mood == "question":
-        return f"{helper.capitalize()} {who} {factors.action} {what}?"
+        return f"{verb} {who}{rest} {what}?"
     if factors.mood == "negation":
-        return f"{who.capitalize()} {helper} not {factors.action} {what}."
-    third_person, past = ACTIONS[factors.action]
-    present = factors.action if plural else third_person
-    verb = {"present": present, "past": past, "future": f"will {factors.action}"}[factors.tense]
-    clause = f"{who} {verb} {what}."
-    return f"Perhaps {clause}" if factors.mood == "guess" else clause.capitalize()
+        return f"{who} {verb} not{rest} {what}."
+    perhaps = "perhaps " if factors.mood == "guess" else ""
+    return f"{perhaps}{who} {verb}{rest} {what}."
 
 
 def factors_of(text: str) -> Factors:
@@ -131,15 +109,15 @@ def factors_of(text: str) -> Factors:
         ValueError: not a sentence of this grammar.
 
     Example:
-        >>> factors_of("Perhaps the nurse sold the clock at the market.").tense
+        >>> factors_of("perhaps the nurse was selling one clock at the market.").tense
         'past'
     """
     try:
         return _sentences()[text.strip()]
     except KeyError:
         raise ValueError(
-            f"{text!r} is not a sentence of the grammar: write it exactly as sentence() does, capital and "
-            "full stop included"
+            f"{text!r} is not a sentence of the grammar: write it exactly as sentence() does, full stop "
+            "included"
         ) from None
 
 
