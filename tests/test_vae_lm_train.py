@@ -550,6 +550,11 @@ def places(given, tmp_path_factory):
         ("small --data TEXT --width 30", "width 30 is not a multiple of num_heads 4"),
         ("small --data TEXT --encoder bert", "give both --encoder and --decoder, or neither"),
         ("small --data TEXT --init FOLDER/vae", "sizes .* are for networks made anew, but .*vae has its own"),
+        (
+            "snli --data TEXT --init FOLDER/vae --pooling mean --head-range 0.5",
+            "pooling and head_range cannot be chosen for what .*vae brings",
+        ),
+        ("snli --data TEXT --initializer-range 0.1", "initializer_range cannot be chosen for what bert-base"),
         ("snli --data TEXT --init FOLDER/vae --no-latent", "--no-latent trains a plain GPT-2, which --init"),
         ("snli --data TEXT --init FOLDER/vae", "latent_dim is 32 but that of .*vae is 5: pass --latent-dim"),
         ("snli --data TEXT --init FOLDER/vae --latent-dim 5 --injection memory", "injection is 'memory' but"),

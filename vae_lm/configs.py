@@ -115,6 +115,12 @@ class NetworkConfig:
     """Layers of a decoder made anew."""
     num_heads: int = 0
     """Attention heads of networks made anew."""
+    pooling: Literal["pooler", "first", "mean"] = "pooler"
+    """Feature of a sentence: the encoder's pooler (the original's), its first token, or the mean of all."""
+    initializer_range: float = 0.02
+    """Standard deviation of weights made anew; 0.02 suits widths of 768, narrow networks want more."""
+    head_range: float = 0.02
+    """Standard deviation of a posterior head made anew."""
     dropout: float = 0.1
     """Dropout everywhere in both networks."""
 
@@ -128,6 +134,7 @@ class NetworkConfig:
             raise ValueError(
                 f"vocab names {len(self.vocab)} tokenisers: give the encoder's and the decoder's"
             )
+        _above_zero(self, "initializer_range", "head_range")
         sizes = {name: getattr(self, name) for name in _SIZES}
         if self.is_new and min(sizes.values()) < 1:
             raise ValueError(
@@ -140,6 +147,14 @@ class NetworkConfig:
             raise ValueError(
                 f"sizes {sizes} are for networks made anew, but {self.init or self.encoder} has its own: "
                 "leave them at 0"
+            )
+        settled: dict[str, Any] = {} if self.is_new else {"initializer_range": 0.02}
+        settled |= {"pooling": "pooler", "head_range": 0.02} if self.init else {}
+        changed = [name for name, default in settled.items() if getattr(self, name) != default]
+        if changed:
+            raise ValueError(
+                f"{' and '.join(changed)} cannot be chosen for what {self.init or self.encoder} brings: "
+                "leave the default"
             )
         if not self.latent and self.init:
             raise ValueError("--no-latent trains a plain GPT-2, which --init has no place for: use --decoder")

@@ -354,14 +354,16 @@ class LatentGPT2(GPT2LMHeadModel):
         ends = (
             None if settings.eos_token_id is None else torch.as_tensor(settings.eos_token_id, device=device)
         )
-        tokens = torch.full((len(latents), 1), self.config.bos_token_id, device=device)
+        start, padding = self.config.bos_token_id, self.config.pad_token_id
+        assert isinstance(start, int) and isinstance(padding, int)  # a model without them cannot be built
+        tokens = torch.full((len(latents), 1), start, device=device)
         running = torch.ones_like(tokens, dtype=torch.bool)
         found, cache = [tokens], growing_cache()
         for _ in range(max_new_tokens):
             output = self.features(tokens, latents, past_key_values=cache, use_cache=True)
             assert output.last_hidden_state is not None
             best = self._most_likely(output.last_hidden_state[:, -1])[:, None]
-            tokens = torch.where(running, best, self.config.pad_token_id)
+            tokens = torch.where(running, best, padding)
             found.append(tokens)
             if ends is not None:
                 running = running & ~torch.isin(tokens, ends)

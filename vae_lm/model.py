@@ -165,11 +165,13 @@ class Optimus(PreTrainedModel):
         injection: str = "both",
         num_memory_slots: int = 1,
         pooling: str = "pooler",
+        initializer_range: float = 0.02,
         tokenizers: TextTokenizers | None = None,
     ) -> Optimus:
         """A new VAE around two language models.
 
-        What is new (posterior head, injection, embeddings of added tokens) is drawn from N(0, 0.02^2).
+        What is new beside the posterior head (injection, embeddings of added tokens, networks from a
+        configuration) is drawn from N(0, s^2) with the s of its own network's configuration, usually 0.02.
 
         Args:
             encoder: folder or Hub name of a pre-trained encoder, or a configuration for random weights.
@@ -178,6 +180,7 @@ class Optimus(PreTrainedModel):
             injection: "both", "memory" or "embedding".
             num_memory_slots: positions of the memory in each layer.
             pooling: see `OptimusConfig`.
+            initializer_range: standard deviation of the posterior head.
             tokenizers: by default those beside two pre-trained networks; none for configurations.
 
         Raises:
@@ -201,7 +204,10 @@ class Optimus(PreTrainedModel):
         options |= {"injection": injection, "num_memory_slots": num_memory_slots}
         if tokenizers is not None:
             options |= {name: getattr(tokenizers.decoder, name) for name in _SPECIAL_IDS}
-        config = OptimusConfig(encoder=head_config, decoder=LatentGPT2Config(**options), pooling=pooling)
+        config = OptimusConfig(
+            encoder=head_config, decoder=LatentGPT2Config(**options), pooling=pooling,
+            initializer_range=initializer_range,
+        )  # fmt: skip
         model = cls(config, tokenizers)
         for part, trained in ((model.encoder, head), (model.decoder, tail)):
             if trained is not None:

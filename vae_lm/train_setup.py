@@ -324,6 +324,8 @@ def build_network(
             latent_dim=config.latent_dim,
             injection=config.injection,
             num_memory_slots=config.num_memory_slots,
+            pooling=config.pooling,
+            initializer_range=config.head_range,
             tokenizers=tokenizers,
         )
     room = _room(network)
@@ -338,6 +340,7 @@ def _bert_config(config: NetworkConfig, tokenizers: TextTokenizers, max_tokens: 
         vocab_size=len(tokenizers.encoder), hidden_size=config.width, num_hidden_layers=config.encoder_layers,
         num_attention_heads=config.num_heads, intermediate_size=4 * config.width,
         max_position_embeddings=max_tokens, pad_token_id=tokenizers.encoder.pad_token_id,
+        initializer_range=config.initializer_range,
     )  # fmt: skip
 
 
@@ -346,7 +349,7 @@ def _gpt2_config(config: NetworkConfig, tokenizers: TextTokenizers, max_tokens: 
     return GPT2Config(
         vocab_size=len(tail), n_positions=max_tokens + 1, n_embd=config.width, n_layer=config.decoder_layers,
         n_head=config.num_heads, pad_token_id=tail.pad_token_id, bos_token_id=tail.bos_token_id,
-        eos_token_id=tail.eos_token_id,
+        eos_token_id=tail.eos_token_id, initializer_range=config.initializer_range,
     )  # fmt: skip
 
 
