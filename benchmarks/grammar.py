@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.compare import portable
 from fq.provenance import provenance
 from fq.run import write_atomically
 from vae_lm import Optimus
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/grammar"), help="without suffix")
     options = parser.parse_args(arguments)
     model = Optimus.from_pretrained(options.model)
+    given = provenance(SEED)
     items = analogy_items(SEED, options.items, split_seed=options.split_seed)
     sets = splits(options.split_seed)
     begin = time.perf_counter()
@@ -205,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **summarise(answers, items),
         "seconds": round(time.perf_counter() - begin, 1),
         "examples": examples,
-        "provenance": provenance(SEED),
+        "provenance": given | {"command": portable(given["command"])},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
