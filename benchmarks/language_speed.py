@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.memory import peak_mib
 from fq.provenance import provenance
 from fq.run import write_atomically
 from vae_lm import Batch, Optimus, TextTokenizers
@@ -340,8 +340,7 @@ def long_step(sizes: Sizes, kind: str) -> dict[str, Any]:
     }
     with Largest(shapes) as largest:
         trainer.step(batch)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"peak_mib": peak, "largest": largest.elements, "largest_is": largest.name}
+    return {"peak_mib": peak_mib(), "largest": largest.elements, "largest_is": largest.name}
 
 
 def memory(sizes: Sizes) -> dict[str, Any]:
