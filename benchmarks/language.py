@@ -118,7 +118,7 @@ def train(jobs: list[tuple[list[str], Path]], *, workers: int) -> Iterator[str]:
 
 def _finished(folder: Path, steps: int) -> bool:
     newest = newest_checkpoint(folder) if (folder / "config.json").is_file() else None
-    return newest is not None and newest.name == f"step_{steps}"
+    return newest is not None and int(newest.name.removeprefix("step_")) == steps
 
 
 def figures(folder: Path) -> dict[str, float]:
