@@ -21,7 +21,7 @@ PAD, UNK, EOS, BOS = "<PAD>", "<UNK>", "<EOS>", "<BOS>"
 FILE, TOKENIZER = "words.json", "tokenizer"
 
 _WORD = re.compile(r"\w+|\.+|[^\w\s]")
-_BEFORE = re.compile(r" (?=[.,;:!?)])")
+_BEFORE = re.compile(r"(?<=\w) (?=[.,;:!?)])")
 """Spaces that a text has none of."""
 
 
