@@ -16,8 +16,10 @@ from accelerate.state import AcceleratorState
 from tiny_vln import WORDS, grid, write_folder
 
 from vln import augment
-from vln.augment import AugmentConfig, provenance_file
+from vln.augment import provenance_file
+from vln.augment_config import AugmentConfig
 from vln.augment_paths import PathFilter, PathSource, num_edges
+from vln.augment_shards import PAPER, report, speed
 from vln.data import read_r2r
 from vln.navgraph import load_graphs
 from vln.speaker_folder import TrainedSpeaker, load_speaker, save_speaker
@@ -120,7 +122,9 @@ def test_known_ends_are_left_out_and_seeds_order_the_rest():
     assert not taken & {(path.scan_id, path.path[0], path.path[-1]) for path in rest}
     assert PathSource(graphs).sample(7, seed=1) == every[:7] != PathSource(graphs).sample(7, seed=2)
     assert {path.scan_id for path in every[:40]} == {"a", "b"}
-    with pytest.raises(ValueError, match=f"{len(rest) + 1} paths were asked for but {len(rest)} of 2 scans pass"):
+    with pytest.raises(
+        ValueError, match=f"{len(rest) + 1} paths were asked for but {len(rest)} of 2 scans pass"
+    ):
         source.sample(len(rest) + 1, seed=1)
     with pytest.raises(ValueError, match="min_edges is 5, max_edges 4"):
         PathFilter(min_edges=5, max_edges=4)
@@ -130,7 +134,7 @@ def test_matterport_has_as_many_paths_as_were_published():
     if not REAL.is_dir():
         pytest.skip(f"{REAL} is not here")
     scan_ids = sorted({item.scan_id for item in read_r2r(REAL, "train")})
-    assert len(PathSource(load_graphs(REAL, scan_ids))) == augment.PAPER["paths"]
+    assert len(PathSource(load_graphs(REAL, scan_ids))) == PAPER["paths"]
 
 
 # ---- files
@@ -147,7 +151,9 @@ def test_the_file_is_one_of_r2r_in_training_scans_alone(config, data):
     assert not ends & {(item.scan_id, item.path[0], item.path[-1]) for item in items}
     assert all(5 <= len(item.path) <= 7 and len(item.instructions) == 2 for item in items)
     texts = [text for item in items for text in item.instructions]
-    assert len(set(texts)) > len(texts) / 2 and {word for text in texts for word in text.split()} <= set(WORDS)
+    assert len(set(texts)) > len(texts) / 2 and {word for text in texts for word in text.split()} <= set(
+        WORDS
+    )
     assert not list(Path(config.out).parent.glob(".*"))
     found = json.loads(provenance_file(config.out).read_text())
     assert found["scan_ids"] == ["a", "b"] == found["speaker"]["scan_ids"]
@@ -259,14 +265,14 @@ def test_a_finished_file_is_left_alone(config, monkeypatch, capsys):
 
 
 def test_speeds_are_of_one_process_and_the_papers_hours_of_all():
-    found = augment.speed((1000, 6000, 30_000), (0.5, 600.0, 3.0), processes=2)
+    found = speed((1000, 6000, 30_000), (0.5, 600.0, 3.0), processes=2)
     assert (found["paths_per_second"], found["instructions_per_second"]) == (2000.0, 10.0)
     assert found["triplets_per_second"] == 10_000.0
     assert found["paper_hours"]["instructions"] == pytest.approx(1_020_000 / 20 / 3600, abs=1e-4)
     assert found["paper_hours"]["triplets"] == pytest.approx(6_482_000 / 20_000 / 3600, abs=1e-4)
     assert found["paper_hours"]["paths"] == pytest.approx(178_300 / 2000 / 3600, abs=1e-4)
     assert found["paper_hours_total"] == pytest.approx(sum(found["paper_hours"].values()), abs=1e-4)
-    assert "10.0 instructions/s said" in augment.report(found) and "2 process(es)" in augment.report(found)
+    assert "10.0 instructions/s said" in report(found) and "2 process(es)" in report(found)
 
 
 # ---- what is refused

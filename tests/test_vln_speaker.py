@@ -1,4 +1,4 @@
-"""The speaker's command: learning, resumed runs, two processes, its words and folders, and what is refused."""
+"""The speaker's command: learning, resumed runs, two processes, words, folders, and what is refused."""
 
 import json
 import os
@@ -96,7 +96,9 @@ def test_a_speaker_learns_paths_and_says_them_again(data, tmp_path):
         "--dropout", 0, "--feature-dropout", 0, "--hidden-size", 32, "--eval-every", 50, "--log-every", 10,
     )  # fmt: skip
     losses = [record["loss"] for record in records if "loss" in record]
-    assert losses[-1] < 0.1 * losses[0] and [r["step"] for r in records if "loss" in r] == list(range(10, 101, 10))
+    assert losses[-1] < 0.1 * losses[0] and [r["step"] for r in records if "loss" in r] == list(
+        range(10, 101, 10)
+    )
     before, after = records[0], records[-1]
     assert before["step"] == 0 and before["train/word_accuracy"] < 0.5 < 0.99 < after["train/word_accuracy"]
     assert after["train/bleu_original"] == pytest.approx(100) and after["train/loss"] < 0.1
@@ -106,8 +108,8 @@ def test_a_speaker_learns_paths_and_says_them_again(data, tmp_path):
         assert said.split(":")[1].split() == reference.split(":")[1].split()
     trained = load_speaker(tmp_path / "run")
     assert trained.origin["scan_ids"] == ["a", "b"] and trained.origin["splits"] == ["train"]
-    again = evaluate(trained, open_data(replace(PathsConfig(), data=str(folder), features="random:6", min_count=1)).train,
-                     Accelerator(cpu=True), sacrebleu=False)  # fmt: skip
+    opened = open_data(PathsConfig(data=str(folder), features="random:6", min_count=1))
+    again = evaluate(trained, opened.train, Accelerator(cpu=True), sacrebleu=False)
     assert again.figures["bleu_original"] == pytest.approx(100)
 
 
@@ -135,7 +137,18 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path, monkeypatch):
 
 
 def test_two_processes_learn_and_say_the_same(data, tmp_path):
-    options = ["--steps", "6", "--dropout", "0", "--feature-dropout", "0", "--eval-every", "3", "--lr", "1e-2"]
+    options = [
+        "--steps",
+        "6",
+        "--dropout",
+        "0",
+        "--feature-dropout",
+        "0",
+        "--eval-every",
+        "3",
+        "--lr",
+        "1e-2",
+    ]
     options += ["--batch-size", "3"]  # an odd share for each process
     one = run_here(data, tmp_path / "one", *options)
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
@@ -223,7 +236,9 @@ def test_sacrebleu_is_given_lower_case_texts_and_gaps(monkeypatch):
         return types.SimpleNamespace(score=12.5)
 
     monkeypatch.setitem(sys.modules, "sacrebleu", types.SimpleNamespace(corpus_bleu=corpus_bleu))
-    data = types.SimpleNamespace(items=[Item(instructions=("Go left.", "turn left")), Item(instructions=("Stop.",))])
+    data = types.SimpleNamespace(
+        items=[Item(instructions=("Go left.", "turn left")), Item(instructions=("Stop.",))]
+    )
     said = [Said(0, ["turn", "left"], "turn left"), Said(1, ["stop", "."], "stop.")]
     figures = bleu_scores(tiny_speaker(), data, said, sacrebleu=True)
     assert figures["bleu"] == 12.5 and figures["words"] == 2.0
@@ -344,7 +359,7 @@ def test_a_released_snapshot_speaks_and_is_trained_further(data, tmp_path):
     assert load_speaker(tmp_path / "run").orientation == "interleaved"
     with pytest.raises(ValueError, match="has no words in it: give its list, --words FILE"):
         load_speaker(file)
-    with pytest.raises(SystemExit, match="error: .*has no words in it: give --tokenizer the text file"):
+    with pytest.raises(SystemExit, match=r"error: .*has no words in it: give --tokenizer the text file"):
         speaker.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "x"), "--init", str(file)])
     file.write_bytes(pickle.dumps({"encoder": Path("odd")}))
     with pytest.raises(ValueError, match="holds pickled objects, which are not loaded"):
@@ -396,7 +411,10 @@ def test_features_of_another_width_and_a_missing_library_are_refused(data, tmp_p
         (lambda: SizesConfig(dropout=1.0), r"dropout is 1\.0: give a share"),
         (lambda: PathsConfig(splits=()), "there is nothing to learn from"),
         (lambda: RunConfig(seed=2**32), "give a number below"),
-        (lambda: replace(HOUSES, run=RunConfig(select="odd")), "select is 'odd' but the validation splits are"),
+        (
+            lambda: replace(HOUSES, run=RunConfig(select="odd")),
+            "select is 'odd' but the validation splits are",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(build, message):

@@ -16,14 +16,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -31,100 +30,19 @@ from accelerate.utils import tqdm
 
 from fq.provenance import provenance
 from fq.run import write_atomically
-from vln.augment_paths import PathFilter, PathSource, SampledPath
+from vln.augment_config import AugmentConfig
+from vln.augment_paths import PathSource
+from vln.augment_shards import Job, Shard, describe, report, speed, walks_of_paths
 from vln.data import read_r2r
-from vln.draws import WORDS, uniforms
 from vln.items import R2RItem
 from vln.navgraph import load_graphs
 from vln.pretrain_config import TripletsConfig
 from vln.pretrain_data import open_features
-from vln.speaker_folder import TrainedSpeaker, fingerprint, load_speaker
-from vln.triplets import roll_triplets
-from vln.walks import PanoramaFeatures, Walk, path_batch, roll_walks
+from vln.speaker_folder import fingerprint, load_speaker
+from vln.walks import roll_walks
 from vln.world import World
 
-PAPER = {"paths": 178_300, "instructions": 1_020_000, "triplets": 6_482_000}
-"""What the published pre-training data are made of."""
-
 _SPLITS = ("train", "val_seen", "val_unseen", "test")
-_TEXT = 2**32
-"""Between the draws of a path's texts, so that those of the first do not depend on how many there are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Sample paths in the training scans and let a speaker describe them. The same command goes on where an
-    interrupted one was.
-
-    Raises:
-        ValueError: a number is outside its range.
-    """
-
-    speaker: Annotated[str, tyro.conf.Positional]
-    """Run of vln.speaker, its model folder, or a released snapshot (with --words)."""
-    out: str
-    """R2R-format JSON file to write; its provenance goes beside it."""
-    data: str = "data/vln"
-    """Folder with connectivity and R2R items; the scans of its training items are sampled, no others."""
-    features: str = "features"
-    """Store of view features, a folder there or below data, or random:WIDTH: those of the speaker's training."""
-    num_paths: int = 1000
-    """Paths; 0 takes all that pass the filter: 178,300 on Matterport3D with --no-exclude-known."""
-    num_instructions: int = 6
-    """Texts of a path; the original sampled with 6 seeds."""
-    temperature: float = 1.0
-    """Of the draws; 1 as the speaker-follower's, lower keeps closer to the likeliest, 0 takes it."""
-    seed: int = 0
-    """Of paths, headings and words."""
-    exclude_known: bool = True
-    """Leave out paths between ends that some item of the data has; the published paths include them."""
-    paths: tyro.conf.OmitArgPrefixes[PathFilter] = field(default_factory=PathFilter)
-    max_words: int = 120
-    """Longest text, EOS included."""
-    batch_size: int = 32
-    """Paths read together."""
-    shard_size: int = 256
-    """Paths written together, by one process; what an interruption can lose."""
-    words: str = ""
-    """Of a released snapshot: the list of its words, one a line."""
-    angle_size: int = 128
-    """Of a released snapshot: orientation numbers of a view."""
-
-    def __post_init__(self) -> None:
-        least = {"num_paths": 0, "num_instructions": 1, "temperature": 0, "seed": 0, "max_words": 1,
-                 "batch_size": 1, "shard_size": 1}  # fmt: skip
-        for name, bound in least.items():
-            if not bound <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least {bound}")
-        if not self.temperature and self.num_instructions > 1:
-            raise ValueError(
-                f"temperature 0 says the same {self.num_instructions} times: give --num-instructions 1, or a "
-                "temperature above 0"
-            )
-
-
-class Job(NamedTuple):
-    """What is to be done, the same on every process."""
-
-    paths: list[SampledPath]
-    first_id: int
-    """Of the paths: above all of the data."""
-    world: World
-    features: PanoramaFeatures
-    trained: TrainedSpeaker
-    identity: dict[str, Any]
-    """What the output is a function of."""
-    seconds: float
-    """Spent on sampling the paths."""
-
-
-class Shard(NamedTuple):
-    """Some paths with their instructions, and what they took."""
-
-    rows: list[dict[str, Any]]
-    triplets: int
-    speaking_s: float
-    rolling_s: float
 
 
 def augment(config: AugmentConfig) -> Path:
@@ -166,6 +84,7 @@ def augment(config: AugmentConfig) -> Path:
     accelerator.wait_for_everyone()  # all have the same list before the first shard appears
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     with _one_thread(accelerator.device):
+        roll_walks(job.world, walks_of_paths(job.paths[:1], 1))  # builds tables, which no shard's time is for
         for number in tqdm(mine, desc="shards", main_process_only=True):
             shard = describe(config, job, number, accelerator.device)
             write_atomically(_shard_file(folder, number), _json(shard._asdict()))
@@ -220,67 +139,6 @@ def _items(data: str, split: str) -> list[R2RItem]:
         return []  # a folder may have no such split
 
 
-def describe(config: AugmentConfig, job: Job, number: int, device: Any) -> Shard:
-    """Paths of one shard with their instructions.
-
-    Args:
-        config: numbers of texts and their draws.
-        job: of `prepare`.
-        number: of the shard.
-        device: the speaker's.
-    """
-    first = number * config.shard_size
-    paths = job.paths[first : first + config.shard_size]
-    started = time.perf_counter()
-    walks = [Walk(path.scan_id, path.path, path.heading, config.num_instructions) for path in paths]
-    table = roll_walks(job.world, walks, shortest=False)
-    texts: list[list[str]] = []
-    for begin in range(0, len(paths), config.batch_size):
-        rows = np.arange(begin, min(begin + config.batch_size, len(paths)))
-        texts += _say(config, job, table, rows, first, device)
-    spoken = time.perf_counter()
-    triplets = len(roll_triplets(job.world, walks, shortest=False).text)
-    rolled = time.perf_counter()
-    return Shard(
-        [_row(job.first_id + first + n, path, said) for n, (path, said) in enumerate(zip(paths, texts, strict=True))],
-        triplets, spoken - started, rolled - spoken,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _say(
-    config: AugmentConfig, job: Job, table: Any, rows: np.ndarray, first: int, device: Any
-) -> list[list[str]]:
-    """Texts of some walks of a shard's table; the walks are read once for all texts."""
-    speaker, trained, count = job.trained.speaker, job.trained, config.num_instructions
-    batch = path_batch(table, rows, job.world, job.features, angle_size=speaker.config.angle_size,
-                       orientation=trained.orientation)  # fmt: skip
-    lengths = batch.lengths.to(device)
-    path = speaker.encoder(batch.actions.to(device), batch.panoramas.to(device), lengths)
-    items = (first + rows[:, None] + _TEXT * np.arange(count)).reshape(-1)
-
-    def draw(step: int, _: int) -> torch.Tensor:
-        return torch.from_numpy(uniforms(config.seed, WORDS, step, items, 1)[:, 0])
-
-    said = speaker.say(
-        path.repeat_interleave(count, dim=0), lengths.repeat_interleave(count),
-        max_words=config.max_words, temperature=config.temperature, draw=draw,
-    )  # fmt: skip
-    texts = [trained.words.decode(ids) for ids in said.tolist()]
-    return [texts[begin : begin + count] for begin in range(0, len(texts), count)]
-
-
-def _row(path_id: int, path: SampledPath, texts: Sequence[str]) -> dict[str, Any]:
-    return {
-        "path_id": path_id,
-        "scan": path.scan_id,
-        "heading": path.heading,
-        "path": list(path.path),
-        "distance": path.distance_m,
-        "instructions": list(texts),
-    }
-
-
 # ---- files
 
 
@@ -324,11 +182,14 @@ def _require_same(file: Path, identity: dict[str, Any], what: str) -> None:
     other = [name for name, value in identity.items() if stored.get(name) != value]
     if other:
         raise FileExistsError(
-            f"{what} of other options ({', '.join(other)}): delete it, name another --out, or give the same again"
+            f"{what} of other options ({', '.join(other)}): delete it, name another --out, or "
+            f"give the same again"
         )
 
 
-def _merge(config: AugmentConfig, job: Job, folder: Path, shards: int, out: Path, world: int) -> dict[str, Any]:
+def _merge(
+    config: AugmentConfig, job: Job, folder: Path, shards: int, out: Path, world: int
+) -> dict[str, Any]:
     """Write output and provenance and remove the shards; returns the provenance."""
     partial, seconds, triplets = out.with_name(f".{out.name}.{os.getpid()}.partial"), [0.0, 0.0], 0
     try:
@@ -351,7 +212,7 @@ def _merge(config: AugmentConfig, job: Job, folder: Path, shards: int, out: Path
             "speaker": dict(job.trained.origin),
             "scan_ids": sorted(job.world.graphs),
             "num_paths": counts[0], "num_instructions": counts[1], "num_triplets": counts[2],
-            "speed": speed(counts, (job.seconds, *seconds), processes=world),
+            "speed": speed(counts, (job.seconds, seconds[0], seconds[1]), processes=world),
         }  # fmt: skip
         # Before the file itself, which is what counts as finished.
         write_atomically(provenance_file(out), json.dumps(record, indent=2, allow_nan=False) + "\n")
@@ -372,46 +233,6 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-# ---- speed
-
-
-def speed(
-    counts: tuple[int, int, int], seconds: tuple[float, float, float], *, processes: int
-) -> dict[str, Any]:
-    """Paths, instructions and triplets per second of one process, and what the paper's numbers would take.
-
-    Args:
-        counts: of paths, instructions and triplets.
-        seconds: spent on drawing the first, saying the second, rolling the third, summed over processes.
-        processes: that share the saying.
-
-    Returns:
-        ``<kind>_per_second`` of one process, ``processes``, and ``paper_hours`` of each kind with so many
-        processes, and ``paper_hours_total``.
-    """
-    kinds = tuple(PAPER)
-    rates = {kind: n / max(s, 1e-9) for kind, n, s in zip(kinds, counts, seconds, strict=True)}
-    # Paths are sampled by every process for itself.
-    shared = {"paths": 1, "instructions": processes, "triplets": processes}
-    hours = {kind: PAPER[kind] / (rates[kind] * shared[kind]) / 3600 for kind in kinds}
-    return {
-        **{f"{kind}_per_second": round(rate, 3) for kind, rate in rates.items()},
-        "processes": processes,
-        "paper_hours": {kind: round(value, 5) for kind, value in hours.items()},
-        "paper_hours_total": round(sum(hours.values()), 5),
-    }
-
-
-def report(figures: dict[str, Any]) -> str:
-    """One text of the figures of `speed`."""
-    return (
-        f"{figures['paths_per_second']:,.0f} paths/s sampled, {figures['instructions_per_second']:,.1f} "
-        f"instructions/s said, {figures['triplets_per_second']:,.0f} triplets/s rolled by one process; the "
-        f"paper's {PAPER['paths']:,} paths, {PAPER['instructions']:,} instructions and {PAPER['triplets']:,} "
-        f"triplets would take {figures['paper_hours_total']:.2f} h on {figures['processes']} process(es)"
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -72,7 +72,11 @@ class PathSource:
     """
 
     def __init__(
-        self, graphs: Mapping[str, NavGraph], *, taken: Collection[Ends] = (), chosen: PathFilter | None = None
+        self,
+        graphs: Mapping[str, NavGraph],
+        *,
+        taken: Collection[Ends] = (),
+        chosen: PathFilter | None = None,
     ) -> None:
         self._graphs = list(graphs.values())
         self._pairs = [_pairs(graph, chosen or PathFilter(), taken) for graph in self._graphs]
@@ -93,16 +97,14 @@ class PathSource:
         """
         if not 1 <= count <= len(self):
             raise ValueError(
-                f"{count} paths were asked for but {len(self)} of {len(self._graphs)} scans pass the filter: give "
-                "1 to so many, or a wider filter"
+                f"{count} paths were asked for but {len(self)} of {len(self._graphs)} scans pass the filter: "
+                "give 1 to so many, or a wider filter"
             )
         # Not NumPy's own permutation, which another version may draw otherwise.
         drawn = uniforms(seed, _ORDER, 0, np.arange(len(self)), 1)[:, 0]
         headings = uniforms(seed, _HEADINGS, 0, np.arange(count), 1)[:, 0] * 2 * np.pi
         order = np.argsort(drawn, kind="stable")[:count]
-        return [
-            self._path(int(pair), float(heading)) for pair, heading in zip(order, headings, strict=True)
-        ]
+        return [self._path(int(pair), float(heading)) for pair, heading in zip(order, headings, strict=True)]
 
     def _path(self, pair: int, heading: float) -> SampledPath:
         scan = int(np.searchsorted(self._starts, pair, side="right")) - 1
@@ -125,7 +127,7 @@ def _pairs(graph: NavGraph, chosen: PathFilter, taken: Collection[Ends]) -> np.n
 
 
 def num_edges(graph: NavGraph, *, most: int) -> np.ndarray:
-    """Edges of the shortest path (by metres) of every pair, int64 ``[V, V]``; -1 for none or more than most."""
+    """Edges of the shortest path (by metres) of every pair, int64 ``[V, V]``; -1 for none or too many."""
     hops = graph.next_hops
     goal = np.arange(len(hops))[None]
     here = np.where(hops < 0, -1, np.arange(len(hops))[:, None])

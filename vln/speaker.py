@@ -24,7 +24,7 @@ import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import LoggerType, ProjectConfiguration, set_seed, tqdm
-from torch import Tensor, nn
+from torch import nn
 
 from fq.run import RunFolder, Steps, load_config, write_atomically
 from vln.pretrain_config import from_dict
@@ -126,7 +126,8 @@ def build(config: SpeakerTraining) -> tuple[TrainedSpeaker, Opened]:
     selecting = config.run.select
     if selecting and selecting not in opened.val:
         raise ValueError(
-            f"{config.data.data} has no {selecting} items to select the speaker by: give --select another, or ''"
+            f"{config.data.data} has no {selecting} items to select the speaker by: give --select another, "
+            "or '' for the last speaker"
         )
     origin = {"data": config.data.data, "splits": list(config.data.splits), "scan_ids": opened.train.scan_ids}
     if start is not None:
@@ -145,8 +146,8 @@ def _start(config: SpeakerTraining) -> TrainedSpeaker:
          if config.data.tokenizer and place.is_file()), "")  # fmt: skip
     if Path(config.model.init).is_file() and not listed:
         raise ValueError(
-            f"{config.model.init} is a released snapshot, which has no words in it: give --tokenizer the text "
-            "file that lists them"
+            f"{config.model.init} is a released snapshot, which has no words in it: give --tokenizer the "
+            "text file that lists them"
         )
     return load_speaker(config.model.init, words=listed, angle_size=config.model.angle_size)
 
@@ -178,12 +179,15 @@ def _share(
 
 
 def _report(
-    config: SpeakerTraining, accelerator: Accelerator, run: RunFolder, trained: TrainedSpeaker, opened: Opened,
-    step: int,
+    config: SpeakerTraining, accelerator: Accelerator, run: RunFolder, trained: TrainedSpeaker,
+    opened: Opened, step: int,
 ) -> None:  # fmt: skip
     """Scores of the validation splits, what is said there, and the best speaker so far in model/."""
-    options, lines = config.run, []
-    best = max((record.get(f"{options.select}/bleu_original", -1.0) for record in run.metrics()), default=-1.0)
+    options = config.run
+    lines: list[str] = []
+    best = max(
+        (record.get(f"{options.select}/bleu_original", -1.0) for record in run.metrics()), default=-1.0
+    )
     accelerator.wait_for_everyone()  # all have read the figures before one more is written
     for split, data in opened.val.items():
         found = evaluate(
@@ -200,7 +204,9 @@ def _report(
 
 
 def _with_step(trained: TrainedSpeaker, step: int) -> TrainedSpeaker:
-    return TrainedSpeaker(trained.speaker, trained.words, trained.orientation, {**trained.origin, "step": step})
+    return TrainedSpeaker(
+        trained.speaker, trained.words, trained.orientation, {**trained.origin, "step": step}
+    )
 
 
 # ---- what a run starts from

@@ -79,8 +79,8 @@ class SizesConfig:
         _at_least(self, 1, "word_size")
         if self.hidden_size % 2 or self.angle_size < 4 or self.angle_size % 4:
             raise ValueError(
-                f"hidden_size is {self.hidden_size} and angle_size {self.angle_size}: give an even number, and "
-                "a multiple of 4"
+                f"hidden_size is {self.hidden_size} and angle_size {self.angle_size}: give an even number, "
+                "and a multiple of 4"
             )
         for name in ("dropout", "feature_dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -169,8 +169,8 @@ class SpeakerTraining:
     def __post_init__(self) -> None:
         if self.run.select and self.run.select not in self.data.val_splits:
             raise ValueError(
-                f"select is {self.run.select!r} but the validation splits are {self.data.val_splits}: give one "
-                "of those, or '' for the last speaker"
+                f"select is {self.run.select!r} but the validation splits are {self.data.val_splits}: give "
+                "one of those, or '' for the last speaker"
             )
 
     @property

@@ -123,7 +123,7 @@ def open_data(config: PathsConfig, *, words: Words | None = None) -> Opened:
     features = open_features(TripletsConfig(data=config.data, features=config.features), world)
     if words is None:
         words = _words(config, [text for item in items for text in item.instructions])
-    options = {"shortest": config.shortest, "max_words": config.max_words}
+    options: dict[str, Any] = {"shortest": config.shortest, "max_words": config.max_words}
     val = {
         split: SpeakerData(world, rows, words, features, **options)
         for split, rows in held_out.items()

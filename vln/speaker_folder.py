@@ -69,7 +69,9 @@ def save_speaker(trained: TrainedSpeaker, folder: str | Path) -> None:
         folder: its parent must exist.
     """
     folder = Path(folder)
-    partial, aside = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old.partial"))
+    partial, aside = (
+        folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old.partial")
+    )
     content = {
         "format": FORMAT,
         "speaker": asdict(trained.speaker.config),
@@ -79,7 +81,9 @@ def save_speaker(trained: TrainedSpeaker, folder: str | Path) -> None:
     try:
         partial.mkdir()
         (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        state = {key: value.detach().cpu().contiguous() for key, value in trained.speaker.state_dict().items()}
+        state = {
+            key: value.detach().cpu().contiguous() for key, value in trained.speaker.state_dict().items()
+        }
         save_file(state, partial / WEIGHTS)
         trained.words.save(partial)
         if folder.exists():  # a folder cannot be renamed onto another one
@@ -110,8 +114,8 @@ def load_speaker(source: str | Path, *, words: str | Path = "", angle_size: int 
     folder = source / MODEL if (source / MODEL).is_dir() else source
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(
-            f"{source} holds no speaker: looked for {CONFIG} and {WEIGHTS} there and in {MODEL}/; give a run of "
-            "vln.speaker that has evaluated or finished, or the file of a released snapshot"
+            f"{source} holds no speaker: looked for {CONFIG} and {WEIGHTS} there and in {MODEL}/; give a run "
+            "of vln.speaker that has evaluated or finished, or the file of a released snapshot"
         )
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -137,7 +141,9 @@ def _checked(
 
 def _released(file: Path, words: str | Path, angle_size: int) -> TrainedSpeaker:
     if not words:
-        raise ValueError(f"{file} is a released snapshot, which has no words in it: give its list, --words FILE")
+        raise ValueError(
+            f"{file} is a released snapshot, which has no words in it: give its list, --words FILE"
+        )
     listed = Words.listed(words)
     snapshot = speaker_from_released(read_snapshot(file), angle_size=angle_size)
     _require_words(listed, snapshot.speaker.config, str(words))
@@ -148,7 +154,8 @@ def _released(file: Path, words: str | Path, angle_size: int) -> TrainedSpeaker:
 def _require_words(words: Words, config: SpeakerConfig, source: str) -> None:
     if len(words) != config.vocab_size:
         raise ValueError(
-            f"{source} has {len(words)} words but the speaker {config.vocab_size}: give those it was trained with"
+            f"{source} has {len(words)} words but the speaker {config.vocab_size}: give those that "
+            "it was trained with"
         )
 
 

@@ -44,8 +44,8 @@ def require_sacrebleu() -> Any:
         import sacrebleu
     except ImportError as error:
         raise ImportError(
-            f"BLEU needs sacrebleu ({error}): pip install 'fq-gan[vln]', or give --no-sacrebleu to report the "
-            "original's variant alone"
+            f"BLEU needs sacrebleu ({error}): pip install 'fq-gan[vln]', or give --no-sacrebleu to report "
+            "the original's variant alone"
         ) from error
     return sacrebleu
 
@@ -133,7 +133,8 @@ def bleu_scores(
     """
     references = [data.items[spoken.item].instructions for spoken in said]
     original = corpus_bleu(
-        [spoken.words for spoken in said], [[trained.words.split(text) for text in texts] for texts in references]
+        [spoken.words for spoken in said],
+        [[trained.words.split(text) for text in texts] for texts in references],
     )
     figures = {"bleu_original": 100 * original.score}
     if sacrebleu:

@@ -47,8 +47,8 @@ class Words:
         ends = (*entries[:3], *entries[-1:])
         if ends != (PAD, UNK, EOS, BOS) or len(set(entries)) != len(entries):
             raise ValueError(
-                f"the vocabulary begins with {entries[:3]} and ends with {entries[-1:]}, {len(entries)} words "
-                f"of which {len(set(entries))} differ: expected {PAD}, {UNK}, {EOS}, different words, {BOS}"
+                f"the vocabulary begins with {entries[:3]} and ends with {entries[-1:]}, {len(entries)} "
+                f"words of which {len(set(entries))} differ; expected {PAD}, {UNK}, {EOS}, words, {BOS}"
             )
         self.entries, self.tokenizer = entries, tokenizer
         self._ids = {word: number for number, word in enumerate(entries)}
@@ -135,7 +135,9 @@ class Words:
 
     def save(self, folder: str | Path) -> None:
         """Write into a folder."""
-        (Path(folder) / FILE).write_text(json.dumps(self.entries, ensure_ascii=False) + "\n", encoding="utf-8")
+        (Path(folder) / FILE).write_text(
+            json.dumps(self.entries, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(Path(folder) / TOKENIZER)
 
@@ -149,7 +151,9 @@ class Words:
         """
         file = Path(folder) / FILE
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist: the words of the speaker stand there, copy it too")
+            raise FileNotFoundError(
+                f"{file} does not exist: the words of the speaker stand there, copy it too"
+            )
         try:
             entries = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
