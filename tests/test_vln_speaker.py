@@ -201,6 +201,28 @@ def test_a_run_goes_on_from_another_speaker(data, tmp_path):
     assert second.origin["init"] == str(tmp_path / "first") and records[-1]["step"] == 1
 
 
+def test_small_features_are_heard_from_the_start_as_large_ones_are(data):
+    given = [*SMALL, "--data", str(data), "--match-features"]
+    torch.manual_seed(0)
+    matched, opened = speaker.build(speaker.parse(given))
+    torch.manual_seed(0)
+    plain, _ = speaker.build(speaker.parse([*given[:-1], "--no-match-features"]))
+    size = opened.train.feature_size()
+    assert size == pytest.approx(1.0, abs=0.05)  # random ones are standard normal
+    speaker.match_features(matched.speaker.eval(), 0.25 / size)
+    batch = opened.train.batch(np.arange(4), angle_size=4, orientation="blocks")
+    small = [views.clone() for views in batch[:2]]
+    for views in small:
+        views[..., :6] *= 0.25
+    with torch.no_grad():
+        heard = matched.speaker.encoder.lstm(small[0])[0]
+        torch.testing.assert_close(heard, plain.speaker.encoder.lstm(batch.actions)[0])
+        attended = matched.speaker.encoder.attention(heard, small[1])
+        torch.testing.assert_close(attended, plain.speaker.encoder.attention(heard, batch.panoramas))
+    with pytest.raises(ValueError, match=r"root mean square of 0\.0: they are empty or broken"):
+        speaker.match_features(plain.speaker, 0.0)
+
+
 # ---- scores
 
 
@@ -341,7 +363,7 @@ def test_damaged_folders_are_refused(tmp_path):
         load_speaker(folder)
     save_speaker(tiny_speaker(), folder)
     Words(("<PAD>", "<UNK>", "<EOS>", "left", "<BOS>")).save(folder)
-    with pytest.raises(ValueError, match="has 5 words but the speaker 20: give those it was trained with"):
+    with pytest.raises(ValueError, match="has 5 words but the speaker 20: give those that it was trained with"):
         load_speaker(folder)
 
 

@@ -136,6 +136,8 @@ def build(config: SpeakerTraining) -> tuple[TrainedSpeaker, Opened]:
         origin["init"] = sizes.init
     else:
         speaker, orientation = Speaker(_model_config(sizes, opened)), sizes.orientation
+        if sizes.match_features:
+            match_features(speaker, opened.train.feature_size())
     return TrainedSpeaker(speaker, opened.words, orientation, origin), opened
 
 
@@ -162,6 +164,29 @@ def _model_config(sizes: SizesConfig, opened: Opened) -> SpeakerConfig:
         dropout=sizes.dropout,
         feature_dropout=sizes.feature_dropout,
     )
+
+
+@torch.no_grad()
+def match_features(speaker: Speaker, size: float) -> None:
+    """Enlarge the first weights over the image features so that these count as if their size were 1.
+
+    Args:
+        speaker: changed in place; what it makes of orientations stays.
+        size: root mean square of the features.
+
+    Raises:
+        ValueError: the features are all 0, or not finite.
+    """
+    if not 0 < size < math.inf:
+        raise ValueError(f"the features have a root mean square of {size}: they are empty or broken")
+    width = speaker.config.view_size - speaker.config.angle_size
+    encoder = speaker.encoder
+    for weight in (encoder.lstm.weight_ih_l0, encoder.lstm.weight_ih_l0_reverse):
+        weight[:, :width] /= size
+    attention = encoder.attention
+    attention.linear_in.weight[:width] /= size  # meets the views as keys
+    if attention.linear_out is not None:
+        attention.linear_out.weight[:, :width] /= size  # and as what was attended
 
 
 def _share(

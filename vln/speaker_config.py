@@ -69,6 +69,9 @@ class SizesConfig:
     """Orientation numbers behind a view's features."""
     orientation: Orientation = "blocks"
     """Their layout; a released snapshot has interleaved."""
+    match_features: bool = False
+    """Begin with weights that give features of any size the effect of those whose root mean square is 1. Of
+    small features, such as the houses', little is heard otherwise."""
     dropout: float = 0.6
     """Of states and words."""
     feature_dropout: float = 0.3
@@ -198,9 +201,11 @@ ENVDROP = SpeakerTraining(
 HOUSES = SpeakerTraining(
     preset="houses",
     data=PathsConfig(data="data/houses", max_words=96),
-    model=SizesConfig(hidden_size=128, word_size=64, angle_size=8, dropout=0.2, feature_dropout=0.1),
-    optim=OptimConfig(lr=2e-3, max_grad_norm=5.0),
-    run=RunConfig(steps=1500, eval_every=500, eval_paths=192, checkpoint_every=500),
+    model=SizesConfig(
+        hidden_size=128, word_size=64, angle_size=8, match_features=True, dropout=0.1, feature_dropout=0.1
+    ),
+    optim=OptimConfig(lr=4e-3, max_grad_norm=5.0),
+    run=RunConfig(steps=1500, eval_every=500, eval_paths=192, checkpoint_every=250),
 )
 
 PRESETS: dict[str, tuple[str, SpeakerTraining]] = {

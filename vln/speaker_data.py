@@ -79,6 +79,16 @@ class SpeakerData:
             self.table, rows, self.world, self.features, angle_size=angle_size, orientation=orientation
         )
 
+    def feature_size(self, *, num_viewpoints: int = 256) -> float:
+        """Root mean square of the features of some viewpoints, spread evenly over those of the paths."""
+        places = np.unique(self.table.viewpoint)
+        picked = places[np.linspace(0, len(places), num_viewpoints, endpoint=False).astype(np.int64)]
+        ids = (
+            [names[place] for place in picked] for names in (self.world.scan_ids, self.world.viewpoint_ids)
+        )
+        features = np.asarray(self.features.gather(*ids), dtype=np.float64)
+        return float(np.sqrt((features**2).mean()))
+
     def words(self, rows: np.ndarray) -> Tensor:
         """Instructions by their numbers, trimmed to the longest: int64 ``[B, 1 + L]``."""
         longest = int(self._lengths[rows].max(initial=1))
