@@ -181,8 +181,9 @@ def match_features(speaker: Speaker, size: float) -> None:
         raise ValueError(f"the features have a root mean square of {size}: they are empty or broken")
     width = speaker.config.view_size - speaker.config.angle_size
     encoder = speaker.encoder
-    for weight in (encoder.lstm.weight_ih_l0, encoder.lstm.weight_ih_l0_reverse):
-        weight[:, :width] /= size
+    for name, weight in encoder.lstm.named_parameters():
+        if name.startswith("weight_ih"):
+            weight[:, :width] /= size
     attention = encoder.attention
     attention.linear_in.weight[:width] /= size  # meets the views as keys
     if attention.linear_out is not None:
