@@ -205,10 +205,32 @@ class Speaker(nn.Module):
         Raises:
             ValueError: a negative temperature, or no word to say.
         """
+        path = self.encoder(actions, panoramas, lengths, features_dropped=features_dropped)
+        return self.say(path, lengths, max_words=max_words, temperature=temperature, draw=draw)
+
+    @torch.no_grad()
+    def say(
+        self, path: Tensor, lengths: Tensor, *,
+        max_words: int = 120, temperature: float = 0.0, draw: Draw | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Say paths that have been read, so that several texts of a path need one reading.
+
+        Args:
+            path: ``[B, S, H]`` of `PathEncoder`.
+            lengths: int64 ``[B]``.
+            max_words: longest text, EOS included.
+            temperature: of the draws; 0 takes the likeliest word.
+            draw: where the draws come from.
+
+        Returns:
+            As of `speak`.
+
+        Raises:
+            ValueError: a negative temperature, or no word to say.
+        """
         if temperature < 0 or max_words < 1:
             raise ValueError(f"temperature {temperature}, max_words {max_words}: give at least 0, at least 1")
-        config, count = self.config, len(actions)
-        path = self.encoder(actions, panoramas, lengths, features_dropped=features_dropped)
+        config, count = self.config, len(path)
         mask = length_mask(lengths, path.shape[1])
         word = lengths.new_full((count, 1), config.bos_id)
         open_ = torch.ones(count, dtype=torch.bool, device=word.device)
