@@ -56,8 +56,8 @@ class Split(NamedTuple):
         return frozenset(item.scan_id for item in self.items)
 
 
-def read_items(data: str | Path, dataset: Dataset, split: str) -> list[Any]:
-    """Items of a split, or of a file of R2R's form if ``data`` is one.
+def read_items(data: str | Path, dataset: Dataset, split: str | None) -> list[Any]:
+    """Items of a split; without one, of the file that ``data`` is.
 
     Raises:
         FileNotFoundError: there is no such file.
