@@ -39,7 +39,7 @@ def houses(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(houses, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "overfit"
-    options = "--pairs 8 --batch-size 16 --steps 60 --eval-every 60 --lr 4e-3 --tune-lr 4e-3 --maps 2"
+    options = "--pairs 8 --batch-size 16 --steps 80 --eval-every 80 --lr 4e-3 --tune-lr 4e-3 --maps 2"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "1")
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -100,5 +100,5 @@ def test_a_folder_without_an_agent_or_with_other_words_is_refused(run, houses, t
     with pytest.raises(SystemExit, match="holds no agent"):
         evaluate.main([str(tmp_path), "--data", str(houses)])
     write_tokenizer(tmp_path / "other")
-    with pytest.raises(SystemExit, match="the tokeniser has 20 words but the agent"):
+    with pytest.raises(SystemExit, match="the tokeniser has 21 words but the agent"):
         evaluate.main([str(run), "--data", str(houses), "--tokenizer", str(Path(tmp_path) / "other")])

@@ -17,6 +17,7 @@ from torch import nn
 from vln.agent import NDHFollower
 from vln.agent_data import Reading
 from vln.follower import Follower, FollowerConfig
+from vln.hanna_model import HannaAgent, HannaAgentConfig
 from vln.model import Prevalent, PrevalentConfig
 
 SETTINGS, WEIGHTS, TOKENIZER = "agent.json", "agent.safetensors", "tokenizer"
@@ -24,7 +25,7 @@ BEST = "best"
 """Folder of a run with the agent that did best on the held-out data."""
 
 _FORMAT = 1
-KINDS: dict[str, Any] = {"r2r": Follower, "ndh": NDHFollower}
+KINDS: dict[str, Any] = {"r2r": Follower, "ndh": NDHFollower, "hanna": HannaAgent}
 """Task to agent."""
 
 
@@ -89,7 +90,8 @@ def load_agent(folder: str | Path) -> Loaded:
             raise ValueError(f"it has format {settings['format']}, expected {_FORMAT}")
         task, reading = settings["task"], Reading(**settings["reading"])
         trunk = Prevalent(PrevalentConfig.from_dict(settings["trunk"]))
-        agent = KINDS[task](trunk, FollowerConfig(**settings["agent"]))
+        options = HannaAgentConfig if task == "hanna" else FollowerConfig
+        agent = KINDS[task](trunk, options(**settings["agent"]))
         agent.load_state_dict(load_file(place / WEIGHTS), strict=True)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{place} is damaged, or of another version: {error}") from error

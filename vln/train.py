@@ -33,9 +33,9 @@ from vln.pretrain_config import from_dict
 from vln.render import episodes_of
 from vln.submission import write_submission
 from vln.train_config import MAY_CHANGE, PRESETS, Training
+from vln.train_hanna import HannaTeaching, open_hanna
 from vln.train_setup import (
     Best,
-    Opened,
     build_agent,
     clip_gradients,
     make_accelerator,
@@ -45,6 +45,7 @@ from vln.train_setup import (
 )
 from vln.train_walk import Scored, WalkTask
 
+Task = WalkTask | HannaTeaching
 Figures = dict[str, Tensor]
 """Names to float64 ``[2]``: a sum, and what it is divided by."""
 
@@ -67,13 +68,14 @@ def train(config: Training) -> Path:
     """
     options, learn = config.run, config.learn
     accelerator = make_accelerator(config)
-    opened = open_data(config.items)
+    is_hanna = config.items.task == "hanna"
+    opened: Any = open_hanna(config.items) if is_hanna else open_data(config.items)
     set_seed(options.seed)  # for weights made anew
     agent = build_agent(
         config, num_words=len(opened.tokenizer), pad_id=opened.tokenizer.pad_token_id,
         feature_size=opened.features.width,
     )  # fmt: skip
-    task = WalkTask(config, opened, accelerator, agent)
+    task: Task = (HannaTeaching if is_hanna else WalkTask)(config, opened, accelerator, agent)
     _check_selection(config, task)
 
     run = RunFolder.open(config.folder, asdict(config), accelerator, seed=options.seed, may_change=MAY_CHANGE)
@@ -141,8 +143,8 @@ def train(config: Training) -> Path:
 
 
 def _evaluate(
-    config: Training, accelerator: Accelerator, run: RunFolder, task: WalkTask, agent: nn.Module, best: Best,
-    now: int, opened: Opened, *, is_last: bool,
+    config: Training, accelerator: Accelerator, run: RunFolder, task: Task, agent: nn.Module, best: Best,
+    now: int, opened: Any, *, is_last: bool,
 ) -> None:  # fmt: skip
     """Score the held-out splits; keep the agent if it is the best, and what it did."""
     found = {split: task.evaluate(agent, split) for split in task.splits}
@@ -172,7 +174,7 @@ def _write_samples(folder: Path, name: str, found: dict[str, Scored], step: int)
     write_atomically(folder / f"{name}_scores.json", json.dumps(scores, indent=1) + "\n")
 
 
-def _draw(config: Training, folder: Path, found: dict[str, Scored], opened: Opened) -> None:
+def _draw(config: Training, folder: Path, found: dict[str, Scored], opened: Any) -> None:
     """Maps of some episodes of each split: as many failures as successes, if there are."""
     folder.mkdir(exist_ok=True)
     plans = read_plans(config.items.data)
@@ -240,7 +242,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _check_selection(config: Training, task: WalkTask) -> None:
+def _check_selection(config: Training, task: Task) -> None:
     """Raise if the best agent cannot be told by what is scored."""
     names = task.score_names
     for name in config.select:
@@ -253,7 +255,7 @@ def _check_selection(config: Training, task: WalkTask) -> None:
 
 
 def _announce(
-    config: Training, accelerator: Accelerator, folder: Path, first: int, task: WalkTask, agent: nn.Module
+    config: Training, accelerator: Accelerator, folder: Path, first: int, task: Task, agent: nn.Module
 ) -> None:
     """One line on start that says what will happen and where."""
     if first >= config.run.steps:

@@ -21,6 +21,7 @@ from vln.agent_folder import KINDS, load_agent, trunk_of
 from vln.checkpoints import WEIGHTS, from_released
 from vln.data import read_r2r
 from vln.follower import FollowerConfig
+from vln.hanna_model import HannaAgentConfig
 from vln.instructions import add_markers
 from vln.model import Prevalent, PrevalentConfig
 from vln.navgraph import load_graphs
@@ -186,6 +187,8 @@ def build_agent(config: Training, *, num_words: int, pad_id: int, feature_size: 
 
 def agent_options(sizes: AgentConfig, task: str) -> Any:
     """Sizes and dropouts around the pre-trained model."""
+    if task == "hanna":
+        return HannaAgentConfig(hidden_size=sizes.decoder_hidden, dropout=sizes.decoder_dropout)
     return FollowerConfig(
         encoder_hidden=sizes.encoder_hidden,
         decoder_hidden=sizes.decoder_hidden,
