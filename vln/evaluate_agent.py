@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from fq.run import write_atomically
 from vln.agent_data import make_split, read_items
 from vln.agent_folder import TOKENIZER, Loaded, load_agent, trunk_of
+from vln.agent_hanna import Helpers, episodes_of_tasks, route_split, submission_rows
+from vln.data import read_hanna, read_hanna_routes
 from vln.evaluate import EvaluateConfig
+from vln.hanna import Assistant
 from vln.navgraph import load_graphs
 from vln.pretrain_config import TripletsConfig
 from vln.pretrain_data import open_features, open_tokenizer
 from vln.submission import write_submission
 from vln.surroundings import Surroundings
+from vln.train_hanna import walk_and_ask
 from vln.train_walk import walk_greedily
 from vln.world import World
 
@@ -38,6 +44,10 @@ def walk(config: EvaluateConfig) -> Path:
     """
     run, options = Path(config.submission), config.agent
     loaded = load_agent(run)
+    target = Path(options.submission_out or run / f"{config.split}.json")
+    if loaded.task == "hanna":
+        write_atomically(target, json.dumps(_walk_and_ask(config, loaded)) + "\n")
+        return target
     items = read_items(config.items or config.data, _dataset(loaded), None if config.items else config.split)
     scans = sorted({item.scan_id for item in items})
     world = World(load_graphs(config.graphs or config.data, scans))
@@ -50,9 +60,27 @@ def walk(config: EvaluateConfig) -> Path:
             batch_size=options.batch_size, max_steps=options.max_steps or _MAX_STEPS[loaded.task],
             avoid_loops=options.avoid_loops, turns=options.turns,
         )  # fmt: skip
-    target = Path(options.submission_out or run / f"{config.split}.json")
     write_submission(target, [row for _, row in sorted(found, key=lambda row: row[0])])
     return target
+
+
+@torch.no_grad()
+def _walk_and_ask(config: EvaluateConfig, loaded: Loaded) -> list[dict[str, Any]]:
+    """Rows of a HANNA submission."""
+    tasks = read_hanna(config.items or config.data, None if config.items else config.split)
+    scans = {task.scan_id for task in tasks}
+    world = World(load_graphs(config.graphs or config.data, sorted(scans)))
+    routes = [route for route in read_hanna_routes(config.data) if route.scan_id in scans]
+    surroundings = open_surroundings(config, loaded, world)
+    helpers = Helpers(
+        surroundings, Assistant(routes, world.graphs), open_words(config, loaded), loaded.reading.max_tokens,
+        route_split(config.split, routes),
+    )  # fmt: skip
+    found = walk_and_ask(
+        loaded.agent.to(surroundings.device), helpers, episodes_of_tasks(tasks),
+        batch_size=config.agent.batch_size, max_steps=config.agent.max_steps or _MAX_STEPS["hanna"],
+    )  # fmt: skip
+    return submission_rows([row for row, _ in found], [result for _, result in found])
 
 
 def _dataset(loaded: Loaded) -> Any:
