@@ -153,7 +153,7 @@ def test_an_agent_learns_to_walk_and_to_ask():
             module.p = 0.0
     optimiser = torch.optim.Adam(agent.parameters(), lr=3e-3)
     losses = []
-    for step in range(25):
+    for step in range(60):
         found = rollout_hanna(agent, helpers(), episodes, max_steps=6, noise=HannaNoise(0, step), learn=True)
         nav, ask = (
             sums.sum() / count.sum().clamp(min=1)

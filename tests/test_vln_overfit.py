@@ -39,7 +39,7 @@ def houses(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(houses, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "overfit"
-    options = "--pairs 8 --batch-size 16 --steps 80 --eval-every 80 --lr 4e-3 --tune-lr 4e-3 --maps 2"
+    options = "--pairs 8 --batch-size 16 --steps 120 --eval-every 120 --lr 3e-3 --tune-lr 3e-3 --maps 2"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "1")
         AcceleratorState._reset_state(reset_partial_state=True)

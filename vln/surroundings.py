@@ -7,7 +7,7 @@ numbers, D both together.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,19 +27,24 @@ _ENVIRONMENT = 100
 
 
 class Clock:
-    """Seconds spent in the parts of a rollout; waits for the device at every part's end."""
+    """Seconds spent in the parts of a rollout; waits for the device at every part's end.
 
-    def __init__(self) -> None:
+    Args:
+        timer: gives seconds, of the wall by default.
+    """
+
+    def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
+        self._timer = timer
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Add the time of a block to a part."""
-        started = time.perf_counter()
+        started = self._timer()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+        self.seconds[part] = self.seconds.get(part, 0.0) + self._timer() - started
 
     def share(self, *parts: str) -> float:
         """Share of parts in the whole, 0 before anything was measured."""
