@@ -1,7 +1,6 @@
 """The whole way in small: houses made, an agent trained by the command, and scored from its run."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +18,9 @@ from vln.houses import HousesConfig, generate, write
 from vln.navgraph import load_graphs
 from vln.train_walk import score, walk_greedily
 from vln.world import World
+
+FEATURES = "random:32"
+"""Views that differ in everything are learnt by heart sooner than those of the houses, which are alike."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +41,8 @@ def houses(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(houses, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "overfit"
-    options = "--pairs 8 --batch-size 16 --steps 120 --eval-every 120 --lr 3e-3 --tune-lr 3e-3 --maps 2"
+    options = "--pairs 8 --batch-size 16 --steps 60 --eval-every 60 --lr 3e-3 --tune-lr 3e-3 --maps 2"
+    options += f" --features {FEATURES}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "1")
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -48,7 +51,9 @@ def run(houses, tmp_path_factory):
 
 
 def walked(run, houses, *, deaf, batch_size=16):
-    config = evaluate.EvaluateConfig(submission=str(run), data=str(houses), split="train")
+    config = evaluate.EvaluateConfig(
+        submission=str(run), data=str(houses), split="train", agent=evaluate.WalkConfig(features=FEATURES)
+    )
     loaded = load_agent(run)
     items = pick_pairs(read_r2r(houses, "train"), 8)
     world = World(load_graphs(houses, sorted({item.scan_id for item in items})))
@@ -74,7 +79,17 @@ def test_an_agent_follows_its_words_and_a_deaf_one_cannot(run, houses):
 def test_a_run_is_scored_on_any_split(run, houses, capsys, tmp_path):
     scores = tmp_path / "scores.json"
     submission = tmp_path / "submission.json"
-    given = [str(run), "--data", str(houses), "--split", "val_unseen", "--out", str(scores)]
+    given = [
+        str(run),
+        "--data",
+        str(houses),
+        "--features",
+        FEATURES,
+        "--split",
+        "val_unseen",
+        "--out",
+        str(scores),
+    ]
     evaluate.main([*given, "--submission-out", str(submission), "--max-steps", "8", "--avoid-loops"])
     assert "r2r val_unseen: 24 items, nothing to refuse" in capsys.readouterr().out
     assert scores.is_file() and submission.is_file()
@@ -84,14 +99,14 @@ def test_a_run_is_scored_on_any_split(run, houses, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--features", "random:7"], "features of width 7 but the agent of .* was trained with 64"),
+        (["--features", "random:7"], "features of width 7 but the agent of .* was trained with 32"),
         (["--features", "none"], "no store of features"),
         (["--batch-size", "0"], "batch_size is 0"),
     ],
 )
 def test_what_does_not_fit_the_agent_is_refused(run, houses, options, message, capsys):
     with pytest.raises(SystemExit) as refused:
-        evaluate.main([str(run), "--data", str(houses), *options])
+        evaluate.main([str(run), "--data", str(houses), "--features", FEATURES, *options])
     said = f"{refused.value} {capsys.readouterr().err}".replace("\n", " ")
     assert re.search(message, said), said
 
@@ -101,4 +116,5 @@ def test_a_folder_without_an_agent_or_with_other_words_is_refused(run, houses, t
         evaluate.main([str(tmp_path), "--data", str(houses)])
     write_tokenizer(tmp_path / "other")
     with pytest.raises(SystemExit, match="the tokeniser has 21 words but the agent"):
-        evaluate.main([str(run), "--data", str(houses), "--tokenizer", str(Path(tmp_path) / "other")])
+        evaluate.main([str(run), "--data", str(houses), "--features", FEATURES, "--tokenizer",
+                       str(tmp_path / "other")])  # fmt: skip

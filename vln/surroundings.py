@@ -81,6 +81,7 @@ class Surroundings:
         device: Any = "cpu",
     ) -> None:  # fmt: skip
         self.world, self.features, self.device = world, features, torch.device(device)
+        self.orientation = orientation
         self._form: dict[str, Any] = {"size": angle_size, "layout": orientation}
         self.hops, self.distances = NextHops(world), Distances(world)
 
