@@ -1,4 +1,8 @@
-"""Check and score a submission: ``python -m vln.evaluate SUBMISSION --data DIR --split val_unseen``."""
+"""Check and score a submission, or walk an agent and score that.
+
+``python -m vln.evaluate SUBMISSION --data DIR --split val_unseen`` takes a file; ``python -m vln.evaluate RUN
+--data DIR`` takes a run of ``vln.train`` and writes the submission first.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -37,11 +42,46 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class WalkConfig:
+    """How an agent walks; for runs alone.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    features: str = "features"
+    """Store of view features, a folder there or below data; random:WIDTH gives each view a fixed random
+    vector."""
+    tokenizer: str = ""
+    """Tokeniser, a folder there or below data; that of the run when empty."""
+    batch_size: int = 100
+    """Episodes walked together; the scores do not depend on it."""
+    max_steps: int = 0
+    """Longest walk; 0 takes 35, and 40 for NDH, 50 for HANNA, as the originals do."""
+    avoid_loops: bool = False
+    """Take no viewpoint again (R2R, NDH)."""
+    turns: bool = False
+    """Write the poses between viewpoints too, as the originals do; they count in steps, nDTW and CLS."""
+    submission_out: str = ""
+    """Submission to write; RUN/SPLIT.json when empty."""
+    device: str = "cpu"
+    """Such as cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_steps < 0:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and max_steps {self.max_steps}: give at least 1 "
+                "and at least 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Check a submission for what a leaderboard would refuse, and score it if the split has goals."""
 
     submission: Annotated[str, tyro.conf.Positional]
-    """JSON file; its rows tell the task: R2R, NDH or HANNA."""
+    """JSON file, whose rows tell the task: R2R, NDH or HANNA; or a run of vln.train, whose best agent then
+    walks the split first."""
     split: str = "val_unseen"
     """Split of the items; with the R2R test split, which has no goals, the submission is checked alone."""
     data: str = "data/vln"
@@ -57,6 +97,7 @@ class EvaluateConfig:
     walked."""
     out: str = ""
     """JSON to write; SUBMISSION.scores.json when empty."""
+    agent: tyro.conf.OmitArgPrefixes[WalkConfig] = field(default_factory=WalkConfig)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -159,16 +200,22 @@ def main(arguments: list[str] | None = None) -> None:
             args=sys.argv[1:] if arguments is None else arguments,
             prog="python -m vln.evaluate",
         )
+        if Path(config.submission).is_dir():
+            # Imported here: whoever scores a file needs no model.
+            from vln.evaluate_agent import walk
+
+            config = replace(config, submission=str(walk(config)))
+            print(f"submission written to {config.submission}")
         result = evaluate(config)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
+    target = config.out or f"{config.submission}.scores.json"
     verdict = f"{result['num_faults']} faults passed over" if result["num_faults"] else "nothing to refuse"
     print(f"{result['task']} {result['split']}: {result['num_items']} items, {verdict}")
     if not result["scores"]:
         print("the items have starts alone: checked, not scored")
         return
     print(table(result))
-    target = config.out or f"{config.submission}.scores.json"
     write_atomically(target, json.dumps(result, indent=1) + "\n")
     print(f"written to {target}")
 

@@ -1,0 +1,283 @@
+"""What a training of an agent starts from: processes, data, the agent, its optimiser."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import LoggerType, ProjectConfiguration
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from vln.agent import freeze
+from vln.agent_data import Split, make_split, pick_pairs, read_items
+from vln.agent_folder import KINDS, load_agent, trunk_of
+from vln.checkpoints import WEIGHTS, from_released
+from vln.data import read_r2r
+from vln.follower import FollowerConfig
+from vln.hanna_model import HannaAgentConfig
+from vln.instructions import add_markers
+from vln.model import Prevalent, PrevalentConfig
+from vln.navgraph import load_graphs
+from vln.pretrain_config import TripletsConfig
+from vln.pretrain_data import open_features, open_tokenizer
+from vln.train_config import AgentConfig, ItemsConfig, LearnConfig, Training
+from vln.walks import PanoramaFeatures
+from vln.world import World
+
+
+class Opened(NamedTuple):
+    """Data of a run."""
+
+    world: World
+    features: PanoramaFeatures
+    tokenizer: Any
+    train: Split
+    extra: Split | None
+    val: dict[str, Split]
+
+
+class Best(nn.Module):
+    """The best agent so far, as buffers that checkpoints carry, so that a resumed run has it to the bit.
+
+    Args:
+        agent: whose weights are copied when it is the best.
+    """
+
+    score: Tensor
+    step: Tensor
+
+    def __init__(self, agent: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("score", torch.tensor(-torch.inf, dtype=torch.float64))
+        self.register_buffer("step", torch.tensor(-1))
+        self.agent = copy.deepcopy(agent).requires_grad_(False)
+
+    def update(self, agent: nn.Module, score: float, step: int) -> bool:
+        """Keep an agent if it is better; returns whether it is."""
+        if not score > float(self.score):
+            return False
+        self.score.fill_(score)
+        self.step.fill_(step)
+        self.agent.load_state_dict(agent.state_dict())
+        return True
+
+
+def make_accelerator(config: Training) -> Accelerator:
+    """The processes of a run, with its trackers.
+
+    Raises:
+        ValueError: a tracker is unknown, or there are more processes than episodes in a step.
+        ImportError: a tracker is not installed.
+    """
+    transformers_logging.disable_progress_bar()
+    known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
+    for name in config.run.trackers:
+        if name not in known:
+            raise ValueError(f"tracker {name!r} is unknown: accelerate knows {', '.join(known)}")
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(
+                f"tracker {name!r} is not installed: pip install {name}, or leave it out of --trackers"
+            )
+    accelerator = Accelerator(
+        mixed_precision=config.run.mixed_precision,
+        log_with=list(config.run.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.folder) / "trackers")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.num_processes > config.learn.batch_size:
+        raise ValueError(
+            f"batch_size is {config.learn.batch_size} for {accelerator.num_processes} processes: give at "
+            "least one episode to each"
+        )
+    return accelerator
+
+
+def open_data(config: ItemsConfig) -> Opened:
+    """Everything that a configuration of R2R or NDH names.
+
+    Raises:
+        FileNotFoundError: a file is missing; the text names it.
+        ValueError: a file is damaged, or things do not fit together.
+    """
+    dataset: Any = "ndh" if config.task == "ndh" else config.dataset
+    items = read_items(config.data, dataset, config.split)
+    if config.pairs:
+        items = pick_pairs(items, config.pairs)
+    more = [item for path in config.extra for item in read_r2r(path)]
+    tokenizer = open_words(config)
+    held_out: dict[str, Any] = {config.split: items} if config.pairs else {}
+    for split in config.val_splits:
+        try:
+            held_out[split] = read_items(config.data, dataset, split)
+        except FileNotFoundError:
+            continue  # a folder may have no such split
+    needed = {item.scan_id for rows in (items, more, *held_out.values()) for item in rows}
+    world = World(load_graphs(config.data, sorted(needed)))
+    features = open_features(sources(config), world)
+
+    def split_of(name: str, rows: Sequence[Any], first: int = 0) -> Split:
+        return make_split(name, rows, world, tokenizer, config.reading, first=first)
+
+    train = split_of(config.split, items)
+    if train.episodes.waypoints is None:
+        raise ValueError(
+            f"split {config.split} of {config.data} has items without a goal: learn from another"
+        )
+    extra = split_of("extra", more, len(train.episodes.names)) if more else None
+    val = {name: split_of(name, rows) for name, rows in held_out.items()}
+    for name, made in val.items():
+        if made.episodes.waypoints is None:
+            raise ValueError(
+                f"split {name} has items without a goal, so no scores: leave it out of --val-splits"
+            )
+    return Opened(world, features, tokenizer, train, extra, val)
+
+
+def sources(config: ItemsConfig) -> TripletsConfig:
+    """Where features and tokeniser are, as the pre-training says it."""
+    return TripletsConfig(data=config.data, features=config.features, tokenizer=config.tokenizer)
+
+
+def open_words(config: ItemsConfig) -> Any:
+    """The tokeniser, with the markers of dialogues for NDH.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    tokenizer = open_tokenizer(sources(config))
+    if config.task == "ndh":
+        add_markers(tokenizer, released=config.released_markers)
+    return tokenizer
+
+
+# ---- the agent
+
+
+def build_agent(config: Training, *, num_words: int, pad_id: int, feature_size: int) -> nn.Module:
+    """The agent to train, with the weights that it starts from.
+
+    Args:
+        config: of the run.
+        num_words: of the vocabulary; a smaller one of the pre-trained model grows (markers).
+        pad_id: of the tokeniser.
+        feature_size: of a view.
+
+    Raises:
+        FileNotFoundError: weights are missing.
+        ValueError: they do not fit, or are for other features, words or another task.
+    """
+    sizes, task = config.model, config.items.task
+    if sizes.agent:
+        loaded = load_agent(sizes.agent)
+        if loaded.task != task:
+            raise ValueError(f"{sizes.agent} holds an agent for {loaded.task}, not for {task}")
+        _require_fit(trunk_of(loaded.agent), feature_size, num_words, sizes.agent)
+        return loaded.agent.train()
+    trunk = build_trunk(sizes, num_words=num_words, pad_id=pad_id, feature_size=feature_size)
+    return KINDS[task](trunk, agent_options(sizes, task)).train()
+
+
+def agent_options(sizes: AgentConfig, task: str) -> Any:
+    """Sizes and dropouts around the pre-trained model."""
+    if task == "hanna":
+        return HannaAgentConfig(hidden_size=sizes.decoder_hidden, dropout=sizes.decoder_dropout)
+    return FollowerConfig(
+        encoder_hidden=sizes.encoder_hidden,
+        decoder_hidden=sizes.decoder_hidden,
+        action_embedding=sizes.action_embedding,
+        encoder_dropout=sizes.encoder_dropout,
+        dropout=sizes.decoder_dropout,
+        feature_dropout=sizes.feature_dropout,
+    )
+
+
+def build_trunk(sizes: AgentConfig, *, num_words: int, pad_id: int, feature_size: int) -> Prevalent:
+    """The pre-trained model, or one from scratch.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it was trained with other features or words.
+    """
+    if sizes.pretrained == "scratch":
+        return Prevalent(
+            PrevalentConfig(
+                vocab_size=num_words,
+                hidden_size=sizes.hidden_size,
+                num_attention_heads=sizes.num_attention_heads,
+                intermediate_size=sizes.intermediate_size,
+                num_text_layers=sizes.num_text_layers,
+                num_cross_layers=sizes.num_cross_layers,
+                feature_size=feature_size,
+                angle_size=sizes.angle_size,
+                max_position_embeddings=sizes.max_position_embeddings,
+                hidden_dropout=sizes.trunk_dropout,
+                attention_dropout=sizes.trunk_dropout,
+                orientation=sizes.orientation,
+                pad_token_id=pad_id,
+            )
+        )
+    folder = Path(sizes.pretrained)
+    if (folder / WEIGHTS).is_file():
+        released = from_released(folder, angle_size=sizes.angle_size)
+        trunk = Prevalent(released.config)
+        own = trunk.state_dict()
+        trunk.load_state_dict({name: value for name, value in released.state_dict().items() if name in own})
+    else:
+        inside = folder / "model"
+        trunk = Prevalent.from_pretrained(inside if inside.is_dir() else folder)
+    known = trunk.config.vocab_size
+    if known < num_words <= known + 3:  # the markers of dialogues
+        trunk.resize_token_embeddings(num_words)
+    _require_fit(trunk, feature_size, num_words, sizes.pretrained)
+    return trunk.train()
+
+
+def _require_fit(trunk: Prevalent, feature_size: int, num_words: int, origin: str) -> None:
+    have = trunk.config
+    if (have.feature_size, have.vocab_size) != (feature_size, num_words):
+        raise ValueError(
+            f"{origin} was trained with {have.feature_size} features a view and {have.vocab_size} words, but "
+            f"the data have {feature_size} and {num_words}: give those that it was trained with"
+        )
+
+
+def set_stage(agent: nn.Module, learn: LearnConfig, step: int) -> None:
+    """Training mode, and what of the pre-trained model learns in a step."""
+    agent.train()
+    tuned = step >= learn.tune_from
+    freeze(trunk_of(agent), text=tuned and learn.tune == "all", cross=tuned and learn.tune != "none")
+
+
+def make_optimiser(agent: nn.Module, learn: LearnConfig) -> torch.optim.Optimizer:
+    """Optimiser of everything that learns at some time."""
+    set_stage(agent, learn, max(learn.tune_from, 0))
+    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    kinds: dict[str, Any] = {
+        "rmsprop": torch.optim.RMSprop,
+        "adamw": torch.optim.AdamW,
+        "adamax": torch.optim.Adamax,
+        "adam": torch.optim.Adam,
+    }
+    return kinds[learn.optimiser](trained, lr=learn.lr, weight_decay=learn.weight_decay)
+
+
+def clip_gradients(agent: nn.Module, max_norm: float) -> Tensor:
+    """Clip the parts of an agent, each to the norm; a critic is left alone, as in EnvDrop.
+
+    Returns:
+        The largest norm of a part before clipping, ``[]``.
+    """
+    norms = [
+        nn.utils.clip_grad_norm_(part.parameters(), max_norm)
+        for name, part in agent.named_children()
+        if name != "critic"
+    ]
+    return torch.stack(norms).max()
