@@ -28,7 +28,7 @@ from vln.surroundings import Surroundings, Views
 from vln.walks import Walk, path_batch, roll_walks
 
 Rank = Callable[[Sequence[Sequence[int]]], Sequence[float]]
-"""``rank(routes)``: a score of each route, such as a speaker's mean log-prob; routes as the world's numbers."""
+"""``rank(routes)``: scores of routes (of the world's numbers), such as a speaker's mean log-probs."""
 
 
 class Route(NamedTuple):
