@@ -34,14 +34,14 @@ def one_thread_a_process():
 
 @pytest.fixture(scope="module")
 def houses(tmp_path_factory):
-    world = generate(HousesConfig(num_seen=2, num_unseen=1, train_groups=8, val_groups=2))
+    world = generate(HousesConfig(seed=1, num_seen=2, num_unseen=1, train_groups=8, val_groups=2))
     return write(world, tmp_path_factory.mktemp("houses") / "houses")
 
 
 @pytest.fixture(scope="module")
 def run(houses, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "overfit"
-    options = "--pairs 8 --batch-size 16 --steps 60 --eval-every 60 --lr 3e-3 --tune-lr 3e-3 --maps 2"
+    options = "--pairs 4 --batch-size 8 --steps 60 --eval-every 60 --lr 3e-3 --tune-lr 3e-3 --maps 2"
     options += f" --features {FEATURES}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "1")
@@ -50,17 +50,17 @@ def run(houses, tmp_path_factory):
     return out
 
 
-def walked(run, houses, *, deaf, batch_size=16):
+def walked(run, houses, *, deaf, batch_size=8):
     config = evaluate.EvaluateConfig(
         submission=str(run), data=str(houses), split="train", agent=evaluate.WalkConfig(features=FEATURES)
     )
     loaded = load_agent(run)
-    items = pick_pairs(read_r2r(houses, "train"), 8)
+    items = pick_pairs(read_r2r(houses, "train"), 4)
     world = World(load_graphs(houses, sorted({item.scan_id for item in items})))
     split = make_split("train", items, world, open_words(config, loaded), loaded.reading._replace(deaf=deaf))
     with torch.no_grad():
         found = walk_greedily(
-            loaded.agent, open_surroundings(config, loaded, world), split, np.arange(16),
+            loaded.agent, open_surroundings(config, loaded, world), split, np.arange(8),
             batch_size=batch_size, max_steps=10,
         )  # fmt: skip
     told = [row for _, row in sorted(found, key=lambda row: row[0])]

@@ -233,11 +233,10 @@ def test_words_of_the_deaf_tell_nothing(data):
     config = ItemsConfig(data=str(data), features="random:6", val_splits=("val_seen",), deaf=True)
     opened = open_data(config)
     tokenizer = opened.tokenizer
-    unique = set(opened.train.episodes.token_ids.ravel().tolist())
-    assert unique == {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id,
-                      tokenizer.unk_token_id}  # fmt: skip
-    hearing = open_data(replace(config, deaf=False))
-    assert (hearing.train.episodes.lengths == opened.train.episodes.lengths).all()
+    # One unknown word for all: the number of words would tell texts apart, too.
+    silence = [tokenizer.cls_token_id, tokenizer.unk_token_id, tokenizer.sep_token_id]
+    episodes = opened.train.episodes
+    assert (episodes.token_ids == silence).all() and (episodes.lengths == 3).all()
 
 
 def test_instructions_of_a_path_are_read_together(data):

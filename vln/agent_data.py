@@ -40,7 +40,7 @@ class Reading(NamedTuple):
     path_type: PathType = "trusted_path"
     """Whose path the teacher follows the end of (NDH)."""
     deaf: bool = False
-    """Every word becomes the unknown one: what an agent does then it does without words."""
+    """Every text becomes one unknown word, for even its length would tell something."""
 
 
 class Split(NamedTuple):
@@ -110,13 +110,14 @@ def make_split(
         listed = ", ".join(get_args(PathType))
         raise ValueError(f"path_type is {reading.path_type!r}, expected one of {listed}")
     encoded = encode_instructions(items, tokenizer, max_tokens=reading.max_tokens, history=reading.history)
-    ids = encoded.token_ids
+    ids, mask = encoded.token_ids, encoded.mask
     if reading.deaf:
-        kept = np.isin(ids, [token for token in tokenizer.all_special_ids if token is not None])
-        ids = np.where(kept, ids, tokenizer.unk_token_id)
+        silence = [tokenizer.cls_token_id, tokenizer.unk_token_id, tokenizer.sep_token_id]
+        ids = np.tile(np.array(silence), (len(ids), 1))
+        mask = np.ones(ids.shape, dtype=bool)
     names, owner, texts = _joined(encoded, reading.num_instructions)
     item_of = [items[place] for place in owner]
-    lengths = encoded.mask.sum(axis=1)[texts]
+    lengths = mask.sum(axis=1)[texts]
     starts = [item.start if isinstance(item, NDHItem) else item.path[0] for item in item_of]
     episodes = Episodes(
         names,

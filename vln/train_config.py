@@ -58,7 +58,7 @@ class ItemsConfig:
     """Learn from, and evaluate on, so many pairs of training items with one start pose and two goals, one
     instruction each; 0 takes the whole split."""
     deaf: bool = False
-    """Make every word the unknown one, to see what is learnt without them."""
+    """Make every text one unknown word, to see what is learnt without words."""
 
     def __post_init__(self) -> None:
         at_least(self, 3, "max_tokens")
