@@ -68,7 +68,7 @@ class PathSource:
         >>> graph = NavGraph("hall", tuple("abcdef"), points, np.ones(6, bool), edges)
         >>> source = PathSource({"hall": graph}, taken={("hall", "a", "e")})
         >>> len(source), source.sample(1, seed=1)[0].path
-        (5, ('b', 'c', 'd', 'e', 'f'))
+        (5, ('e', 'd', 'c', 'b', 'a'))
     """
 
     def __init__(

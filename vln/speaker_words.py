@@ -39,7 +39,7 @@ class Words:
         >>> words = Words.count(["Go left.", "go right"], min_count=1)
         >>> ids = words.encode(["Go left, then stop."], max_words=9)
         >>> ids.shape, words.decode(ids[0, 1:])
-        ((1, 8), 'go left <UNK> <UNK> <UNK>.')
+        ((1, 8), 'go left <UNK> <UNK> <UNK> .')
     """
 
     def __init__(self, entries: Sequence[str], tokenizer: Any = None) -> None:
