@@ -56,9 +56,7 @@ def make(sizes: str, *, batch_size: int, tokens: int, device: str) -> tuple[Foll
     trunk = PrevalentConfig(**SIZES[sizes][0])
     agent = Follower(Prevalent(trunk), FollowerConfig(**SIZES[sizes][1])).to(device).eval()
     features = RandomFeatures(world, trunk.feature_size)
-    surroundings = Surroundings(
-        world, features, angle_size=trunk.angle_size, orientation="blocks", device=device
-    )
+    surroundings = Surroundings.of(trunk, world, features, device=device)
     rows = [houses.r2r["train"][number % len(houses.r2r["train"])] for number in range(batch_size)]
     random = np.random.default_rng(0)
     ids = random.integers(5, trunk.vocab_size, size=(batch_size, 1, tokens))

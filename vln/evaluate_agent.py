@@ -100,11 +100,7 @@ def open_surroundings(config: EvaluateConfig, loaded: Loaded, world: World) -> S
             f"{config.agent.features} has features of width {features.width} but the agent of "
             f"{loaded.folder} was trained with {loaded.feature_size}: give those that it was trained with"
         )
-    trunk = trunk_of(loaded.agent).config
-    orientation: Any = trunk.orientation
-    return Surroundings(
-        world, features, angle_size=trunk.angle_size, orientation=orientation, device=config.agent.device
-    )
+    return Surroundings.of(trunk_of(loaded.agent).config, world, features, device=config.agent.device)
 
 
 def open_words(config: EvaluateConfig, loaded: Loaded) -> Any:

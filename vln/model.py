@@ -56,11 +56,13 @@ class PrevalentConfig(PreTrainedConfig):
         action_target: what the action head's classes are.
         num_actions: classes of the action head; ``None`` takes those of the target.
         orientation: layout of the orientation numbers the model was trained with (`vln.orientation`).
+        feature_scale: factor of the image features the model was trained with; readers of features apply it.
         train_text: whether gradients reach the text layers and embeddings through the cross layers.
         train_cross: whether gradients reach anything below the pooled state; without it nothing does.
 
     Raises:
-        ValueError: a size is below 1, the heads do not divide the hidden size, or a choice is unknown.
+        ValueError: a size is below 1, the scale is not above 0, the heads do not divide the hidden size, or a
+            choice is unknown.
     """
 
     model_type = "prevalent"
@@ -82,6 +84,7 @@ class PrevalentConfig(PreTrainedConfig):
     action_target: str = "candidate_rank"
     num_actions: int | None = None
     orientation: str = "blocks"
+    feature_scale: float = 1.0
     train_text: bool = True
     train_cross: bool = True
     pad_token_id: int | None = 0
@@ -96,6 +99,8 @@ class PrevalentConfig(PreTrainedConfig):
                      "num_cross_layers", "feature_size", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1")
+        if not 0 < self.feature_scale < float("inf"):
+            raise ValueError(f"feature_scale is {self.feature_scale} but must be above 0")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "

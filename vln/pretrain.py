@@ -144,6 +144,7 @@ class _Source:
             "angle_size": model.config.angle_size,
             "orientation": model.config.orientation,
             "action_target": model.config.action_target,
+            "feature_scale": model.config.feature_scale,
         }
 
     def batch(self, data: PretrainingData, rows: np.ndarray, step: int) -> Batch:
@@ -298,6 +299,8 @@ def build_model(sizes: SizesConfig, opened: Opened, *, num_words: int) -> Preval
             attention_dropout=sizes.dropout,
             action_target=sizes.action_target,
             orientation=sizes.orientation,
+            feature_scale=sizes.feature_scale,
+            initializer_range=sizes.initializer_range,
             pad_token_id=opened.train.vocabulary.pad_id,
         )
     )

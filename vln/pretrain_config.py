@@ -86,10 +86,15 @@ class SizesConfig:
     """What the action head answers: the rank among the candidates (released checkpoints) or the view."""
     orientation: Orientation = "blocks"
     """Layout of the orientation numbers."""
+    feature_scale: float = 1.0
+    """Factor of the image features, which should then be about 1 in size. The published model took those of
+    ResNet as they are."""
+    initializer_range: float = 0.02
+    """Standard deviation of new weights; BERT's by default, a narrow model wants more."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "hidden_size", "num_attention_heads", "intermediate_size", "num_cross_layers")
-        _at_least(self, 0, "num_text_layers")
+        _at_least(self, 0, "num_text_layers", "feature_scale", "initializer_range")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: give a share from 0 to below 1")
         if (

@@ -161,6 +161,7 @@ class PretrainingData:
         angle_size: int,
         orientation: Orientation,
         action_target: ActionTarget,
+        feature_scale: float = 1.0,
         mask_share: float,
     ) -> Batch:
         """Triplets by their numbers, masked anew for every step.
@@ -173,6 +174,7 @@ class PretrainingData:
             angle_size: orientation numbers of a view.
             orientation: their layout.
             action_target: what the labels mean.
+            feature_scale: factor of the image features.
             mask_share: of the words, 0 to hide none.
         """
         picked = Triplets(*(column[rows] for column in self.triplets))
@@ -188,6 +190,8 @@ class PretrainingData:
         features = self.features.gather(
             [scans[place] for place in places], [names[place] for place in places]
         )
+        if feature_scale != 1:
+            features = features * np.float32(feature_scale)
         views = with_panorama_angles(features[back], picked.view, size=angle_size, layout=orientation)
         parts = (masked.input_ids, views, masked.labels, picked.labels(action_target))
         return Batch(*map(torch.from_numpy, parts))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vln.candidates import Panorama
 from vln.draws import uniforms
-from vln.model import Orientation
+from vln.model import Orientation, PrevalentConfig
 from vln.orientation import angle_features, candidate_views, with_panorama_angles
 from vln.walks import NextHops, PanoramaFeatures
 from vln.world import World
@@ -73,24 +73,37 @@ class Surroundings:
         features: of their viewpoints.
         angle_size: A.
         orientation: layout of the orientation numbers.
+        feature_scale: factor of the features.
         device: of the tensors.
     """
 
     def __init__(
         self, world: World, features: PanoramaFeatures, *, angle_size: int, orientation: Orientation,
-        device: Any = "cpu",
+        feature_scale: float = 1.0, device: Any = "cpu",
     ) -> None:  # fmt: skip
         self.world, self.features, self.device = world, features, torch.device(device)
         self.orientation = orientation
+        self._scale = np.float32(feature_scale)
         self._form: dict[str, Any] = {"size": angle_size, "layout": orientation}
         self.hops, self.distances = NextHops(world), Distances(world)
 
+    @classmethod
+    def of(
+        cls, model: PrevalentConfig, world: World, features: PanoramaFeatures, *, device: Any = "cpu"
+    ) -> Surroundings:
+        """In the form that a pre-trained model was trained with."""
+        orientation: Any = model.orientation
+        return cls(
+            world, features, angle_size=model.angle_size, orientation=orientation,
+            feature_scale=model.feature_scale, device=device,
+        )  # fmt: skip
+
     def gather(self, viewpoints: np.ndarray) -> np.ndarray:
-        """Features of viewpoints by the world's numbers, each read once: ``[B, 36, F]``."""
+        """Features of viewpoints by the world's numbers, scaled, each read once: ``[B, 36, F]``."""
         places, back = np.unique(viewpoints, return_inverse=True)
         scans, names = self.world.scan_ids, self.world.viewpoint_ids
         found = self.features.gather([scans[place] for place in places], [names[place] for place in places])
-        return found[back]
+        return (found if self._scale == 1 else found * self._scale)[back]
 
     def look(self, now: Panorama, rows: np.ndarray, *, keep: np.ndarray | None = None) -> Views:
         """What rows of a simulator see.

@@ -107,6 +107,10 @@ class AgentConfig:
     """Orientation numbers behind a view's features; must be told of a released model too."""
     orientation: Orientation = "blocks"
     """Layout of the orientation numbers of a model from scratch."""
+    feature_scale: float = 1.0
+    """Factor of the image features for a model from scratch, see vln.pretrain."""
+    initializer_range: float = 0.02
+    """Standard deviation of new weights of a model from scratch."""
     trunk_dropout: float = 0.1
     """Of hidden states and attention of a model from scratch, where it trains."""
     encoder_hidden: int = 1024
@@ -125,7 +129,7 @@ class AgentConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden_size", "num_attention_heads", "intermediate_size", "num_cross_layers")
         at_least(self, 1, "encoder_hidden", "decoder_hidden", "action_embedding", "max_position_embeddings")
-        at_least(self, 0, "num_text_layers")
+        at_least(self, 0, "num_text_layers", "feature_scale", "initializer_range")
         for name in ("trunk_dropout", "encoder_dropout", "decoder_dropout", "feature_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share from 0 to below 1")

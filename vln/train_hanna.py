@@ -91,12 +91,9 @@ class HannaTeaching:
         self, config: Training, opened: HannaOpened, accelerator: Accelerator, agent: nn.Module
     ) -> None:
         self._config, self._opened, self._accelerator = config, opened, accelerator
-        trunk = trunk_of(agent).config
-        orientation: Any = trunk.orientation
-        surroundings = Surroundings(
-            opened.world, opened.features, angle_size=trunk.angle_size, orientation=orientation,
-            device=accelerator.device,
-        )  # fmt: skip
+        surroundings = Surroundings.of(
+            trunk_of(agent).config, opened.world, opened.features, device=accelerator.device
+        )
         assistant = Assistant(opened.routes, opened.world.graphs)
         self._helpers = {
             split: Helpers(

@@ -221,6 +221,8 @@ def build_trunk(sizes: AgentConfig, *, num_words: int, pad_id: int, feature_size
                 hidden_dropout=sizes.trunk_dropout,
                 attention_dropout=sizes.trunk_dropout,
                 orientation=sizes.orientation,
+                feature_scale=sizes.feature_scale,
+                initializer_range=sizes.initializer_range,
                 pad_token_id=pad_id,
             )
         )

@@ -57,12 +57,9 @@ class WalkTask:
 
     def __init__(self, config: Training, opened: Opened, accelerator: Accelerator, agent: nn.Module) -> None:
         self._config, self._opened, self._accelerator = config, opened, accelerator
-        trunk = trunk_of(agent).config
-        orientation: Any = trunk.orientation
-        self._surroundings = Surroundings(
-            opened.world, opened.features, angle_size=trunk.angle_size, orientation=orientation,
-            device=accelerator.device,
-        )  # fmt: skip
+        self._surroundings = Surroundings.of(
+            trunk_of(agent).config, opened.world, opened.features, device=accelerator.device
+        )
         seed = config.run.seed
         self._stream = Stream(len(opened.train.episodes.names), seed)
         self._more = Stream(len(opened.extra.episodes.names), seed + 1) if opened.extra else None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from vln.geometry import NUM_VIEWS
+from vln.geometry import NUM_HEADINGS, NUM_VIEWS
 from vln.model import ActionTarget
 from vln.sources import parse_json, read_document
 from vln.walks import Walk, roll_walks
@@ -23,6 +23,24 @@ from vln.world import World
 
 STOP_VIEW = NUM_VIEWS
 """Class of STOP where views are predicted."""
+
+
+def relative_view(view: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+    """Number of a view counted from the heading of the agent, int64 ``[N]``; elevations stay absolute.
+
+    The model is told headings relative to its own and nothing of the order of the views, so that it could
+    never tell an absolute number.
+
+    Args:
+        view: int ``[N]``, 0 to 35, of the world.
+        ahead: int ``[N]``, 0 to 35: where the agent looks.
+
+    Example:
+        >>> relative_view(np.array([14, 24]), np.array([13, 1])).tolist()
+        [13, 35]
+    """
+    level, heading = np.divmod(np.asarray(view, dtype=np.int64), NUM_HEADINGS)
+    return level * NUM_HEADINGS + (heading - ahead) % NUM_HEADINGS
 
 
 class Triplets(NamedTuple):
@@ -35,7 +53,7 @@ class Triplets(NamedTuple):
     action: np.ndarray
     """int16 ``[N]``: place in the follower's list of candidates, 0 for STOP."""
     target_view: np.ndarray
-    """int16 ``[N]``: view of the candidate taken, -1 for STOP."""
+    """int16 ``[N]``: view of the candidate taken, of the world, -1 for STOP."""
     text: np.ndarray
     """int32 ``[N]``: row of the instruction."""
 
@@ -49,7 +67,7 @@ class Triplets(NamedTuple):
             raise ValueError(f"target is {target!r}, expected one of {', '.join(get_args(ActionTarget))}")
         if target == "candidate_rank":
             return self.action.astype(np.int64)
-        return np.where(self.target_view < 0, STOP_VIEW, self.target_view).astype(np.int64)
+        return np.where(self.target_view < 0, STOP_VIEW, relative_view(self.target_view, self.view))
 
     def floor(self, target: ActionTarget) -> float:
         """Accuracy of always answering the commonest class; for ranks that is 1, the way straight ahead.
