@@ -1,4 +1,4 @@
-"""The sentence VAE as a picture, for its manual: ``python -m benchmarks.diagram``."""
+"""The models as pictures, for their manuals: ``python -m benchmarks.diagram``."""
 
 from __future__ import annotations
 
@@ -33,11 +33,17 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text
         axes.text(*middle, text, ha="center", va="bottom", fontsize=8, color=INK)
 
 
-def draw() -> Figure:
-    """Encoder, latent and decoder from left to right."""
-    figure = Figure(figsize=(9.2, 3.6))
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0, 11.5), ylim=(0, 4.5))
+def sheet(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty page, 1.25 units an inch."""
+    figure = Figure(figsize=(width / 1.25, height / 1.25))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0, width), ylim=(0, height))
     axes.axis("off")
+    return figure, axes
+
+
+def draw_optimus() -> Figure:
+    """The sentence VAE: encoder, latent and decoder from left to right."""
+    figure, axes = sheet(11.5, 4.5)
     axes.text(1.2, 0.25, "[CLS] a dog runs . [SEP]", ha="center", fontsize=9, family="monospace")
     arrow(axes, (1.2, 0.55), (1.2, 1.0))
     box(axes, 0.25, 1.0, 1.9, 1.9, "BERT\n\npooled [CLS]", ENCODER)
@@ -65,15 +71,59 @@ def draw() -> Figure:
     return figure
 
 
+def draw_prevalent() -> Figure:
+    """Prevalent's pipeline: data on the left, the model that is pre-trained, the agents on the right."""
+    figure, axes = sheet(12.4, 5.4)
+    box(axes, 0.2, 4.1, 2.3, 0.9, "R2R: paths\nand instructions", SLOT)
+    box(axes, 0.2, 2.45, 2.3, 0.9, "vln.speaker\npath to words", ENCODER)
+    box(axes, 0.2, 0.8, 2.3, 0.9, "sampled paths of\ntraining scans", SLOT)
+    arrow(axes, (1.35, 4.1), (1.35, 3.35))
+    box(axes, 3.1, 1.65, 1.9, 0.9, "vln.augment\nsays the paths", ENCODER)
+    arrow(axes, (2.5, 2.9), (3.1, 2.35))
+    arrow(axes, (2.5, 1.25), (3.1, 1.85))
+    box(axes, 3.1, 3.6, 1.9, 1.4, "triplets:\ninstruction,\npanorama, action", LATENT)
+    arrow(axes, (2.5, 4.55), (3.1, 4.4))
+    arrow(axes, (4.05, 2.55), (4.05, 3.6))
+    arrow(axes, (5.0, 4.3), (5.6, 4.3))
+    box(axes, 5.6, 0.8, 3.5, 4.2, "", ENCODER)
+    axes.text(7.35, 4.72, "vln.pretrain", ha="center", va="center", fontsize=9, color=INK)
+    box(axes, 5.8, 1.65, 1.5, 0.7, "words\n9 text layers", "white")
+    box(axes, 7.4, 1.65, 1.5, 0.7, "36 views\nprojection", "white")
+    box(axes, 5.8, 2.75, 3.1, 0.7, "4 layers of cross attention", "white")
+    arrow(axes, (6.55, 2.35), (6.55, 2.75))
+    arrow(axes, (8.15, 2.35), (8.15, 2.75))
+    box(axes, 5.8, 3.85, 1.5, 0.6, "masked words", LATENT)
+    box(axes, 7.4, 3.85, 1.5, 0.6, "next action", LATENT)
+    arrow(axes, (6.55, 3.45), (6.55, 3.85))
+    arrow(axes, (8.15, 3.45), (8.15, 3.85))
+    axes.text(
+        7.35, 1.2, "seen anew at every step of an episode", ha="center", va="center", fontsize=8, color=INK
+    )
+    axes.text(10.95, 5.1, "vln.train", ha="center", va="center", fontsize=9, color=INK)
+    for row, text in enumerate((
+        "R2R: follow an instruction", "NDH: follow a dialogue", "HANNA: find, ask for help"
+    )):  # fmt: skip
+        y = 3.9 - 1.55 * row
+        box(axes, 9.75, y, 2.45, 0.9, text, DECODER)
+        arrow(axes, (9.1, 2.9), (9.75, y + 0.45))
+    axes.set_ylim(0.55, 5.4)
+    figure.set_figheight(4.85 / 1.25)
+    return figure
+
+
+PICTURES = {"optimus.png": draw_optimus, "prevalent.png": draw_prevalent}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Write the PNG."""
+    """Write the PNGs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.diagram", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/optimus.png"), help="PNG to write")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
     options = parser.parse_args(arguments)
-    picture = io.BytesIO()
-    draw().savefig(picture, format="png", dpi=130)
-    write_atomically(options.out, picture.getvalue())
-    print(f"written to {options.out}")
+    for name, draw in PICTURES.items():
+        picture = io.BytesIO()
+        draw().savefig(picture, format="png", dpi=130)
+        write_atomically(options.out / name, picture.getvalue())
+        print(f"written to {options.out / name}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from tiny_vln import parity_line, tiny_batch, tiny_model
 
 from vln.follower import Context, Follower, FollowerConfig
 from vln.model import Prevalent
-from vln.recurrent import FeatureDropout, SoftDot, length_mask, reverse_in_time, run_packed
+from vln.recurrent import FeatureDropout, SoftDot, length_mask, reverse_in_time, run_packed, run_states
 from vln.snapshots import (
     FollowerSnapshot,
     follower_from_released,
@@ -135,6 +135,29 @@ def test_soft_dot_is_a_weighted_mean_of_what_may_be_seen():
     mask = length_mask(torch.tensor([5, 2]), 5)
     weights = torch.softmax((keys[1, :2] @ layer.linear_in(query)[1]), dim=0)
     torch.testing.assert_close(layer(query, keys, mask)[1], weights @ keys[1, :2])
+
+
+def test_states_without_ends_are_those_of_the_packed_run_and_learn_the_same():
+    torch.manual_seed(0)
+    lstm, states = torch.nn.LSTM(3, 4, batch_first=True, bidirectional=True), torch.randn(3, 6, 3)
+    lengths, found = torch.tensor([6, 1, 4]), []
+    for run in (lambda *given: run_packed(*given).states, run_states):
+        given = states.clone().requires_grad_()
+        lstm.zero_grad()
+        out = run(lstm, given, lengths)
+        out.square().sum().backward()
+        found.append([out.detach(), given.grad, *(part.grad.clone() for part in lstm.parameters())])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-6)
+    assert not found[1][0][1, 1:].any() and not found[1][1][1, 1:].any()
+
+
+def test_a_later_step_reads_the_same_words_without_the_ends():
+    agent, (ids, lengths, panorama, *_) = tiny_follower(), inputs()
+    text = agent.encoder.encode_text(ids, lengths)
+    first, later = (agent.encoder(text, lengths, panorama, first=first) for first in (True, False))
+    torch.testing.assert_close(later.words, first.words, rtol=1e-5, atol=1e-6)
+    assert later.hidden is None and later.cell is None and first.hidden.shape == (3, 7)
 
 
 def test_reversing_twice_is_nothing_and_packed_rows_are_their_own():

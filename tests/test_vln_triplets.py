@@ -33,7 +33,7 @@ def test_straight_ahead_is_rank_one_and_stop_is_zero():
     assert table.action.tolist() == [1, 1, 1, 0] * 2
     assert table.target_view.tolist() == [15, 15, 15, -1] * 2
     assert table.text.tolist() == [0] * 4 + [1] * 4
-    assert table.labels("view").tolist() == [15, 15, 15, 36] * 2
+    assert table.labels("view").tolist() == [12, 12, 12, 36] * 2  # counted from the heading
     assert table.floor("candidate_rank") == 0.75
 
 
@@ -158,3 +158,20 @@ def test_a_released_file_that_is_not_as_expected_is_refused(tmp_path, content, m
     (tmp_path / "odd.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         read_released(tmp_path / "odd.json", house())
+
+
+def test_view_labels_do_not_change_when_world_and_agent_turn_together():
+    random = np.random.default_rng(0)
+    ahead, target = random.integers(36, size=50), random.integers(-1, 36, size=50)
+
+    def labels(turn):
+        def turned(view):
+            return np.where(view < 0, -1, view // 12 * 12 + (view + turn) % 12)
+
+        blank = np.zeros(50, dtype=np.int32)
+        return Triplets(blank, turned(ahead), blank, turned(target), blank).labels("view")
+
+    assert np.array_equal(labels(0), labels(5)) and not np.array_equal(
+        labels(0), np.where(target < 0, 36, target)
+    )
+    assert set(labels(0)[target < 0]) == {36}

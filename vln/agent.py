@@ -333,7 +333,9 @@ class _Walk:
             text = self._text
             if text is None:
                 text = self._agent.encoder.encode_text(self._ids, self._lengths_there())
-            context = self._agent.encoder(text, self._lengths_there(), views.panorama)
+            context = self._agent.encoder(
+                text, self._lengths_there(), views.panorama, first=self._memory is None
+            )
             step = self._decide(views, context)
             if self._avoid_loops:
                 step = step._replace(logits=step.logits.masked_fill(self._visited(rows, views), -torch.inf))
@@ -344,6 +346,7 @@ class _Walk:
         agent, memory = self._agent, self._memory
         if memory is None:
             first = agent.decoder.first_action(len(views.angle)) if isinstance(agent, NDHFollower) else None
+            assert context.hidden is not None and context.cell is not None
             memory = Memory(context.hidden, context.cell, first)
         if isinstance(agent, NDHFollower):
             assert memory.action is not None

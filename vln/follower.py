@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vln.model import Prevalent
-from vln.recurrent import FeatureDropout, SoftDot, length_mask, reverse_in_time, run_packed
+from vln.recurrent import FeatureDropout, SoftDot, length_mask, reverse_in_time, run_packed, run_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class Context(NamedTuple):
     """``[B, I, T, W]``, zeros after a row's end."""
     mask: Tensor
     """bool ``[B, I, T]``."""
-    hidden: Tensor
-    """``[B, H]``: where the decoder begins (its h~)."""
-    cell: Tensor
+    hidden: Tensor | None
+    """``[B, H]``: where the decoder begins (its h~); at the first step alone."""
+    cell: Tensor | None
     """``[B, H]``."""
 
 
@@ -106,16 +106,17 @@ class InstructionEncoder(nn.Module):
         text = self.trunk.encode_text(flat, length_mask(lengths.reshape(-1), flat.shape[1]))
         return rearrange(text, "(b i) t h -> b i t h", b=len(input_ids))
 
-    def forward(self, text: Tensor, lengths: Tensor, panorama: Tensor) -> Context:
+    def forward(self, text: Tensor, lengths: Tensor, panorama: Tensor, *, first: bool = True) -> Context:
         """Read the instruction while looking around.
 
         Args:
             text: ``[B, I, T, H']`` of `encode_text`.
             lengths: int64 ``[B]`` or ``[B, I]``.
             panorama: ``[B, V, D]``.
+            first: whether a decoder begins with this; only then ``hidden`` and ``cell`` are there.
 
         Returns:
-            What was read; ``hidden`` and ``cell`` count at the first step only.
+            What was read.
         """
         batch, several = text.shape[:2]
         lengths = lengths.reshape(-1)
@@ -126,14 +127,18 @@ class InstructionEncoder(nn.Module):
             views = repeat(views, "b v h -> (b i) v h", i=several)
         # No mask where nothing is padded: the attention is faster, and its result the same.
         joined = self.trunk.fuse(flat, views, None if bool(mask.all()) else mask)
-        states = run_packed(self.lstm, reverse_in_time(joined, lengths), lengths)
+        joined, mask = reverse_in_time(joined, lengths), rearrange(mask, "(b i) t -> b i t", b=batch)
+        if not first:
+            words = self.dropout(run_states(self.lstm, joined, lengths))
+            return Context(rearrange(words, "(b i) t w -> b i t w", b=batch), mask, None, None)
+        states = run_packed(self.lstm, joined, lengths)
         ends = [torch.cat([part[1], part[0]], dim=-1) for part in (states.hidden, states.cell)]
         hidden, cell = (
             rearrange(end, "(b i) h -> b i h", b=batch).mean(1)
             for end in (torch.tanh(self.to_hidden(ends[0])), self.to_cell(ends[1]))
         )
         words = rearrange(self.dropout(states.states), "(b i) t w -> b i t w", b=batch)
-        return Context(words, rearrange(mask, "(b i) t -> b i t", b=batch), hidden, cell)
+        return Context(words, mask, hidden, cell)
 
 
 class Step(NamedTuple):

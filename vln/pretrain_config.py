@@ -241,17 +241,22 @@ PAPER = Pretraining(
 HOUSES = Pretraining(
     preset="houses",
     data=TripletsConfig(data="data/houses", max_tokens=96),
+    # Narrow layers need larger new weights and features, and dropout keeps them from learning to look.
     model=SizesConfig(
-        hidden_size=128,
+        hidden_size=64,
         num_attention_heads=4,
-        intermediate_size=256,
-        num_text_layers=2,
+        intermediate_size=128,
+        num_text_layers=1,
         num_cross_layers=2,
         angle_size=8,
         max_position_embeddings=320,
+        dropout=0.0,
+        action_target="view",
+        feature_scale=10.0,
+        initializer_range=0.12,
     ),
-    optim=OptimConfig(batch_size=64, lr=5e-4, warmup_steps=100),
-    run=RunConfig(steps=3000, eval_every=500, checkpoint_every=500, eval_triplets=1024),
+    optim=OptimConfig(batch_size=64, lr=2e-3, warmup_steps=100),
+    run=RunConfig(steps=1000, eval_every=250, checkpoint_every=250, eval_triplets=1024),
 )
 
 PRESETS: dict[str, tuple[str, Pretraining]] = {

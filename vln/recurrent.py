@@ -73,6 +73,9 @@ def reverse_in_time(states: Tensor, lengths: Tensor) -> Tensor:
     return states.gather(1, place[..., None].expand_as(states))
 
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class Packed(NamedTuple):
     """What an LSTM of one layer and two directions makes of a batch."""
 
@@ -96,6 +99,33 @@ def run_packed(lstm: nn.LSTM, states: Tensor, lengths: Tensor) -> Packed:
     output, (hidden, cell) = lstm(packed)
     padded, _ = pad_packed_sequence(output, batch_first=True, total_length=states.shape[1])
     return Packed(padded, hidden, cell)
+
+
+def run_states(lstm: nn.LSTM, states: Tensor, lengths: Tensor) -> Tensor:
+    """The states that `run_packed` gives, without the ends; on a CPU in less than half the time.
+
+    There, packed sequences are walked step by step in many small operations. Here each direction is one fused
+    pass over padded rows: the backward one reads rows turned around, so that padding comes last for both.
+
+    Args:
+        lstm: one layer, two directions, batch first.
+        states: ``[B, T, K]``.
+        lengths: int64 ``[B]``, at least 1.
+
+    Returns:
+        ``[B, T, 2 H]``, zeros after a row's end.
+    """
+    if states.device.type != "cpu":
+        return run_packed(lstm, states, lengths).states
+    zeros = states.new_zeros(1, len(states), lstm.hidden_size)
+    found = []
+    for suffix in ("", "_reverse"):
+        weights = [getattr(lstm, f"{kind}_l0{suffix}") for kind in _WEIGHTS]
+        given = reverse_in_time(states, lengths) if suffix else states
+        made = torch.lstm(given, (zeros, zeros), weights, True, 1, 0.0, lstm.training, False, True)[0]
+        found.append(reverse_in_time(made, lengths) if suffix else made)
+    mask = length_mask(lengths, states.shape[1])
+    return torch.cat(found, dim=-1) * mask[..., None]
 
 
 class FeatureDropout(nn.Module):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vln.recurrent import FeatureDropout, SoftDot, length_mask, run_packed
+from vln.recurrent import FeatureDropout, SoftDot, length_mask, run_states
 
 Draw = Callable[[int, int], Tensor]
 """``draw(step, count)``: uniform numbers of [0, 1) for one step, ``[count]``."""
@@ -95,7 +95,7 @@ class PathEncoder(nn.Module):
         return self.dropout(self._run(self.post_lstm, states, lengths))
 
     def _run(self, lstm: nn.LSTM, states: Tensor, lengths: Tensor) -> Tensor:
-        return run_packed(lstm, states, lengths).states if self.packed else lstm(states)[0]
+        return run_states(lstm, states, lengths) if self.packed else lstm(states)[0]
 
 
 class Said(NamedTuple):

@@ -1,0 +1,250 @@
+"""Does pre-training pay? ``python -m benchmarks.prevalent`` runs the ablation in the embedded houses.
+
+For every seed a speaker is trained and describes sampled paths, models are pre-trained, and agents are
+fine-tuned from them, in run folders below ``--runs``: what is finished is only read, what was stopped is
+resumed. Then come ``report.md`` with its pictures and ``results.json``. Pre-training, speaker and sampling
+see training houses alone; the houses of ``val_unseen`` are walked by finished agents and by the evaluations
+beside the fine-tuning, by which nothing is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.prevalent_report import seconds_of, write
+from fq.run import load_config, newest_checkpoint
+
+ARMS = {
+    "a": "no pre-training",
+    "a+": "no pre-training, fine-tuned for (c)'s total time",
+    "b": "masked words",
+    "c": "masked words and actions",
+    "c+": "as (c), as many triplets seen as (d)",
+    "d": "as (c+), speaker's instructions among the triplets",
+}
+TASKS = {"r2r": tuple(ARMS), "ndh": ("a", "d"), "hanna": ("a", "d")}
+UNSEEN = {"r2r": "val_unseen", "ndh": "val_unseen", "hanna": "val_unseen_all"}
+SEEN = {"r2r": "val_seen", "ndh": "val_seen", "hanna": "val_seen_env"}
+CHOSEN_BY = {"r2r": "val_seen/spl", "ndh": "val_seen/goal_progress", "hanna": "val_seen_env/spl"}
+"""What the best agent of a run is best in: houses that it knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How much is done, the same for every seed."""
+
+    speaker_steps: int = 1500
+    num_paths: int = 2400
+    """Sampled and described."""
+    num_instructions: int = 3
+    """Of each of them."""
+    pretrain_steps: int = 1000
+    """Of (b) and (c)."""
+    long_pretrain_steps: int = 3000
+    """Of (c+) and (d)."""
+    steps: int = 500
+    """Of the fine-tuning."""
+
+
+class Job(NamedTuple):
+    """A command of the experiment."""
+
+    name: str
+    """Also that of its run folder or file."""
+    after: tuple[str, ...]
+    """Jobs whose results it needs."""
+    words: Callable[[], list[str]]
+    """The command without Python, made when those are there."""
+    finished: Callable[[], bool]
+
+
+def make_jobs(
+    world: Path, runs: Path, seeds: Sequence[int], lengths: Lengths, tasks: Sequence[str]
+) -> list[Job]:
+    """Everything that is to be run.
+
+    Args:
+        world: folder of `vln.houses`.
+        runs: folder of the run folders.
+        seeds: of the runs.
+        lengths: of the runs.
+        tasks: of `TASKS`.
+
+    Returns:
+        The jobs, each behind those that it needs.
+    """
+    return [job for seed in seeds for job in _seed_jobs(world, runs, seed, lengths, tasks)]
+
+
+def _seed_jobs(world: Path, runs: Path, seed: int, lengths: Lengths, tasks: Sequence[str]) -> Iterator[Job]:
+    told = runs / f"told-{seed}.json"
+    common = ("--data", str(world), "--seed", str(seed))
+    blind = ("--val-splits", "val_seen")  # not even evaluated on what agents have never seen
+    speaker = runs / f"speaker-{seed}"
+    yield _training(speaker, (), ["vln.speaker", "houses", *common, *blind], lengths.speaker_steps)
+    words = [
+        "vln.augment", str(speaker), *common, "--out", str(told), "--num-paths", str(lengths.num_paths),
+        "--num-instructions", str(lengths.num_instructions), "--temperature", "0.4",
+    ]  # fmt: skip
+    yield Job(told.name, (speaker.name,), lambda: words, told.is_file)
+    for arm, steps, more in (
+        ("b", lengths.pretrain_steps, ("--no-action",)),
+        ("c", lengths.pretrain_steps, ()),
+        ("c+", lengths.long_pretrain_steps, ()),
+        ("d", lengths.long_pretrain_steps, ("--extra", str(told))),
+    ):
+        if arm == "d" or "r2r" in tasks:
+            needs = (told.name,) if arm == "d" else ()
+            words_of = ["vln.pretrain", "houses", *common, *blind, *more]
+            yield _training(runs / f"pretrain-{arm}-{seed}", needs, words_of, steps)
+    for task in tasks:
+        for arm in TASKS[task]:
+            yield from _agent_jobs(task, arm, world, runs, seed, lengths)
+
+
+def _agent_jobs(task: str, arm: str, world: Path, runs: Path, seed: int, lengths: Lengths) -> Iterator[Job]:
+    folder, model = runs / f"{task}-{arm}-{seed}", runs / f"pretrain-{arm}-{seed}"
+    words = [
+        "vln.train", "houses", "--task", task, "--data", str(world), "--seed", str(seed),
+        "--select", CHOSEN_BY[task], "--eval-every", str(max(lengths.steps // 5, 1)), "--maps", "0",
+    ]  # fmt: skip
+    if arm == "a+":
+        plain, trained = runs / f"{task}-a-{seed}", runs / f"pretrain-c-{seed}"
+
+        def steps() -> int:
+            if (folder / "config.json").is_file():  # begun before
+                return int(load_config(folder)["run"]["steps"])
+            return lengths.steps + round(seconds_of(trained) / seconds_of(plain) * lengths.steps)
+
+        yield _training(folder, (plain.name, trained.name), words, steps)
+    elif arm == "a":
+        yield _training(folder, (), words, lengths.steps)
+    else:
+        yield _training(folder, (model.name,), [*words, "--pretrained", str(model)], lengths.steps)
+    for split in (SEEN[task], UNSEEN[task]):
+        scores = scores_file(runs, task, arm, seed, split)
+        walked = scores.with_name(scores.name.replace(".scores", ""))
+        told = [
+            "vln.evaluate", str(folder), "--data", str(world), "--split", split, "--max-steps",
+            "24" if task == "hanna" else "12", "--submission-out", str(walked), "--out", str(scores),
+        ]  # fmt: skip
+        yield Job(scores.name, (folder.name,), partial(list, told), scores.is_file)
+
+
+def scores_file(runs: Path, task: str, arm: str, seed: int, split: str) -> Path:
+    """Where the scores of an agent are."""
+    return runs / f"{task}-{arm}-{seed}.{split}.scores.json"
+
+
+def _training(folder: Path, after: tuple[str, ...], words: list[str], steps: int | Callable[[], int]) -> Job:
+    def number() -> int:
+        return steps() if callable(steps) else steps
+
+    return Job(
+        folder.name,
+        after,
+        lambda: [*words, "--steps", str(number()), "--out", str(folder)],
+        lambda: (folder / "config.json").is_file() and _reached(folder) == number(),
+    )
+
+
+def _reached(folder: Path) -> int:
+    newest = newest_checkpoint(folder)
+    return 0 if newest is None else int(newest.name.removeprefix("step_"))
+
+
+def run_jobs(jobs: Sequence[Job], logs: Path, *, workers: int) -> Iterator[str]:
+    """Run what is not finished, some at a time on one thread each, what others need first.
+
+    Args:
+        jobs: each behind those that it needs.
+        logs: folder for what they print.
+        workers: jobs beside each other.
+
+    Yields:
+        A line on every job, when it is done.
+
+    Raises:
+        RuntimeError: a job failed; its log says why. Those that run beside it are ended.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, done = list(jobs), set[str]()
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    stopping = threading.Event()
+
+    def run(job: Job) -> str:
+        if job.finished():
+            return f"{job.name}: finished before"
+        start = time.perf_counter()
+        with (logs / f"{job.name}.log").open("ab") as output:
+            threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            processes[job.name] = process = subprocess.Popen(
+                [sys.executable, "-m", *job.words()], env=os.environ | threads, stdout=output, stderr=output
+            )
+            code = process.wait()
+        if code and not stopping.is_set():
+            raise RuntimeError(f"{job.name} ended with code {code}: see {logs / f'{job.name}.log'}")
+        return f"{job.name}: {(time.perf_counter() - start) / 60:.1f} minutes"
+
+    running: dict[Future[str], Job] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while waiting or running:
+                ready = [job for job in waiting if done.issuperset(job.after)][: workers - len(running)]
+                for job in ready:
+                    waiting.remove(job)
+                    running[pool.submit(run, job)] = job
+                assert running, [job.name for job in waiting]
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    done.add(running.pop(future).name)
+                    yield future.result()
+        finally:
+            stopping.set()
+            for process in processes.values():
+                process.terminate()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line, run what is missing, write the report.
+
+    Args:
+        arguments: instead of ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: something is missing or failed; the text says what.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prevalent", description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/prevalent"), help="folder of the run folders")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prevalent"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--workers", type=int, default=2, help="runs beside each other, on one thread each")
+    options = parser.parse_args(arguments)
+    world, lengths = options.runs / "world", Lengths()
+    try:
+        if not (world / "config.json").is_file():
+            subprocess.run([sys.executable, "-m", "vln.houses", "--out", str(world)], check=True)
+        jobs = make_jobs(world, options.runs, options.seeds, lengths, options.tasks)
+        for line in run_jobs(jobs, options.runs / "logs", workers=options.workers):
+            print(line, flush=True)
+        arms = {task: TASKS[task] for task in options.tasks}
+        splits = {task: (SEEN[task], UNSEEN[task]) for task in options.tasks}
+        print(f"written to {write(options.runs, options.out, options.seeds, arms, ARMS, splits)}")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

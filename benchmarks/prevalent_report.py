@@ -1,0 +1,415 @@
+"""Report of `benchmarks.prevalent`: paired intervals, tables, curves and maps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.compare import portable
+from fq.run import load_config, read_metrics, write_atomically
+from vln.data import read_r2r
+from vln.maps import draw_episode
+from vln.navgraph import load_graphs
+from vln.plans import read_plans
+from vln.render import episodes_of
+from vln.submission import read_submission
+
+RESAMPLES = 10_000
+_MAPS = 3
+
+
+class Column(NamedTuple):
+    """A score: its title, its name in the files, and what it is multiplied with."""
+
+    title: str
+    field: str
+    factor: float = 100.0
+
+
+COLUMNS = {
+    "r2r": (
+        Column("SR", "success"), Column("SPL", "spl"), Column("OSR", "oracle_success"),
+        Column("nDTW", "ndtw"), Column("NE, m", "nav_error", 1.0),
+    ),
+    "ndh": (Column("GP, m", "goal_progress", 1.0), Column("SR", "success"), Column("SPL", "spl")),
+    "hanna": (
+        Column("SR", "success"), Column("SPL", "spl"), Column("error, m", "error", 1.0),
+        Column("requests", "num_requests", 1.0),
+    ),
+}  # fmt: skip
+PAIRS = {
+    "r2r": (("c", "a"), ("d", "c"), ("d", "a"), ("b", "a"), ("c", "b"), ("a+", "a"), ("c", "a+"), ("c+", "c"),
+            ("d", "c+")),
+    "ndh": (("d", "a"),),
+    "hanna": (("d", "a"),),
+}  # fmt: skip
+"""Arms that are set beside each other; those that must differ come first."""
+
+
+class Interval(NamedTuple):
+    """A difference with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 is outside."""
+        return not self.low <= 0 <= self.high
+
+
+def paired_interval(
+    first: np.ndarray, second: np.ndarray, groups: Sequence[Any], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """Mean of ``first - second`` with the interval of a bootstrap over seeds and groups of items.
+
+    Both seeds and groups are drawn with replacement; a seed keeps its pair of runs together, and a group the
+    instructions of one path, which are not independent.
+
+    Args:
+        first: scores ``[S, N]`` of S seeds and N items.
+        second: of the same seeds and items.
+        groups: of each item, ``[N]``.
+        seed: of the draws.
+        resamples: how many.
+
+    Example:
+        >>> ones = np.ones((3, 4))
+        >>> paired_interval(ones, ones / 2, [0, 0, 1, 1], resamples=10)
+        Interval(mean=0.5, low=0.5, high=0.5)
+    """
+    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.stack([np.bincount(group, weights=row) for row in difference])  # [S, G]
+    sizes = np.bincount(group)
+    random, means = np.random.default_rng(seed), np.empty(resamples)
+    for number in range(resamples):
+        rows = random.integers(len(sums), size=len(sums))
+        picked = random.integers(len(sizes), size=len(sizes))
+        means[number] = sums[rows][:, picked].sum() / (len(rows) * sizes[picked].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(difference.mean()), float(low), float(high))
+
+
+class Scores(NamedTuple):
+    """Scores of one arm on one split."""
+
+    names: tuple[str, ...]
+    """Of the items, ``[N]``."""
+    values: dict[str, np.ndarray]
+    """By score: ``[S, N]``."""
+
+
+def read_scores(files: Sequence[Path], task: str) -> Scores:
+    """What `vln.evaluate` wrote for each seed.
+
+    Raises:
+        ValueError: they are not of the same items.
+    """
+    found = []
+    for file in files:
+        items = json.loads(file.read_text())["items"]
+        found.append(items["trusted_path" if task == "ndh" else task])
+    names = tuple(found[0])
+    for file, items in zip(files, found, strict=True):
+        if tuple(items) != names:
+            raise ValueError(f"{file} has other items than {files[0]}: make both with the same data")
+    fields = [column.field for column in COLUMNS[task]]
+    values = {
+        field: np.array([[items[name][field] for name in names] for items in found]) for field in fields
+    }
+    return Scores(names, values)
+
+
+def path_of(name: str) -> str:
+    """The path that an instruction belongs to: ``17_2`` to ``17``; other names stay."""
+    return name.rpartition("_")[0] or name
+
+
+def score_table(task: str, scores: Mapping[str, Scores], labels: Mapping[str, str]) -> list[str]:
+    """A row an arm: mean over items and seeds, and the deviation over seeds."""
+    columns = COLUMNS[task]
+    lines = ["| arm | | " + " | ".join(column.title for column in columns) + " |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for arm, found in scores.items():
+        cells = []
+        for column in columns:
+            seeds = found.values[column.field].mean(axis=1) * column.factor
+            spread = f" ± {seeds.std(ddof=1):.1f}" if len(seeds) > 1 else ""
+            cells.append(
+                f"{seeds.mean():.1f}{spread}" if column.factor > 1 else f"{seeds.mean():.2f}{spread}"
+            )
+        lines.append(f"| ({arm}) | {labels[arm]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def difference_table(task: str, scores: Mapping[str, Scores]) -> tuple[list[str], dict[str, Any]]:
+    """Differences between arms with their intervals, as lines and as numbers."""
+    columns = [column for column in COLUMNS[task] if column.title in ("SR", "SPL", "GP, m")]
+    lines = [
+        "| | " + " | ".join(column.title for column in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    numbers: dict[str, Any] = {}
+    for better, worse in PAIRS[task]:
+        if better not in scores or worse not in scores:
+            continue
+        groups = [path_of(name) for name in scores[better].names]
+        cells = []
+        for column in columns:
+            ours, theirs = (scores[arm].values[column.field] * column.factor for arm in (better, worse))
+            found = paired_interval(ours, theirs, groups)
+            numbers[f"{better} - {worse}, {column.field}"] = found._asdict()
+            mark = "" if found.excludes_zero else " (0 is inside)"
+            cells.append(f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{mark}")
+        lines.append(f"| ({better}) - ({worse}) | " + " | ".join(cells) + " |")
+    return lines, numbers
+
+
+def draw_curves(runs: Path, seeds: Sequence[int], tasks: Mapping[str, Sequence[str]], path: Path) -> None:
+    """What agents reach on unseen houses over their fine-tuning, means over seeds with their range.
+
+    Args:
+        runs: folder of the run folders.
+        seeds: of the runs.
+        tasks: arms by task.
+        path: of the PNG.
+    """
+    shown = {
+        "r2r": ("val_unseen/success", "R2R: SR, %", 100.0),
+        "ndh": ("val_unseen/goal_progress", "NDH: GP, m", 1.0),
+        "hanna": ("val_unseen_all/success", "HANNA: SR, %", 100.0),
+    }
+    figure = Figure(figsize=(5.2 * len(tasks), 3.6), layout="constrained")
+    for axis, (task, arms) in zip(
+        figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True
+    ):
+        key, title, factor = shown[task]
+        for number, arm in enumerate(arms):
+            curves = [_curve(runs / f"{task}-{arm}-{seed}", key) for seed in seeds]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            values = np.array([[curve[step] * factor for step in steps] for curve in curves])
+            line = axis.plot(
+                steps, values.mean(axis=0), "os^Dvx"[number % 6] + "-", label=f"({arm})", markersize=4
+            )
+            axis.fill_between(
+                steps, values.min(axis=0), values.max(axis=0), alpha=0.12, color=line[0].get_color()
+            )
+        axis.set_xlabel("steps of fine-tuning")
+        axis.set_title(f"{title}, unseen houses")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=100)
+
+
+def draw_pretraining(runs: Path, seeds: Sequence[int], arms: Sequence[str], path: Path) -> None:
+    """Both accuracies of the pre-training on paths of the known houses.
+
+    Args:
+        runs: folder of the run folders.
+        seeds: of the runs.
+        arms: pre-trained ones.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(10.4, 3.6), layout="constrained")
+    for axis, (key, title) in zip(
+        figure.subplots(1, 2),
+        (("mlm_accuracy", "masked words, % right"), ("action_accuracy", "actions, % right")),
+        strict=True,
+    ):
+        for number, arm in enumerate(arms):
+            curves = [_curve(runs / f"pretrain-{arm}-{seed}", f"val_seen/{key}") for seed in seeds]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            if not steps:
+                continue  # an objective that is off
+            values = np.array([[curve[step] * 100 for step in steps] for curve in curves])
+            axis.plot(steps, values.mean(axis=0), "sD^v"[number % 4] + "-", label=f"({arm})", markersize=4)
+        axis.set_xlabel("steps of pre-training")
+        axis.set_title(f"{title}, val_seen")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _curve(folder: Path, key: str) -> dict[int, float]:
+    return {int(line["step"]): line[key] for line in read_metrics(folder) if key in line}
+
+
+def draw_maps(runs: Path, seed: int, scores: Mapping[str, Scores], row: int, out: Path) -> list[str]:
+    """Episodes in unseen houses that (d) solves and (a) does not, each drawn with both ways.
+
+    Args:
+        runs: folder of the run folders.
+        seed: of the agents.
+        scores: of R2R's arms on val_unseen.
+        row: of that seed among them.
+        out: folder of the PNGs.
+
+    Returns:
+        Their names.
+    """
+    good, bad = (scores[arm].values["success"][row] > 0 for arm in ("d", "a"))
+    spl = scores["d"].values["spl"][row]
+    order = sorted(np.flatnonzero(good & ~bad), key=lambda place: -spl[place])
+    wanted: dict[str, str] = {}  # one a path, and no two of the same house if there are others
+    world = runs / "world"
+    episodes = {
+        str(name): episode for item in read_r2r(world, "val_unseen") for name, episode in episodes_of(item)
+    }
+    for place in order:
+        name = scores["d"].names[place]
+        wanted.setdefault(episodes[name].scan_id, name)
+    plans, graphs = read_plans(world), load_graphs(world)
+    written: list[str] = []
+    for scan_id, name in list(wanted.items())[:_MAPS]:
+        for arm in ("a", "d"):
+            walked = read_submission(runs / f"r2r-{arm}-{seed}.val_unseen.json").paths[name]
+            verdict = "reaches the goal" if arm == "d" else "misses the goal"
+            episode = episodes[name]._replace(predicted=tuple(walked), note=f"({arm}) {verdict}")
+            picture = f"map_{len(written) // 2}_{arm}.png"
+            draw_episode(graphs[scan_id], episode, plan=plans.get(scan_id)).save(out / picture)
+            written.append(picture)
+    return written
+
+
+def effort(runs: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[str]:
+    """What each arm of R2R cost: pre-training and fine-tuning, means over seeds."""
+    lines = [
+        "| arm | triplets seen | pre-training, minutes | fine-tuning, steps | minutes |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        tuned = [runs / f"r2r-{arm}-{seed}" for seed in seeds]
+        before = [folder for seed in seeds if (folder := runs / f"pretrain-{arm}-{seed}").is_dir()]
+        seen = "0"
+        if before:
+            config = load_config(before[0])
+            optim = config["optim"]
+            seen = f"{config['run']['steps'] * optim['batch_size'] * optim['accumulation']:,}"
+        steps = np.mean([load_config(folder)["run"]["steps"] for folder in tuned])
+        cost = [np.mean([seconds_of(folder) for folder in folders]) / 60 if folders else 0.0
+                for folders in (before, tuned)]  # fmt: skip
+        lines.append(f"| ({arm}) | {seen} | {cost[0]:.1f} | {steps:.0f} | {cost[1]:.1f} |")
+    return lines
+
+
+def seconds_of(folder: Path) -> float:
+    """What the steps of a finished run took, evaluations left out."""
+    lines = [line for line in read_metrics(folder) if "seconds_per_step" in line]
+    done = [0, *(int(line["step"]) for line in lines)]
+    return float(
+        sum(
+            (after - before) * line["seconds_per_step"]
+            for before, after, line in zip(done, done[1:], lines, strict=False)
+        )
+    )
+
+
+def spoken(runs: Path, seeds: Sequence[int]) -> list[str]:
+    """How good the speakers are, and what they said."""
+    lines = []
+    for seed in seeds:
+        scored = _curve(runs / f"speaker-{seed}", "val_seen/bleu_original")
+        rows = json.loads((runs / f"told-{seed}.json").read_text())
+        texts = sum(len(row["instructions"]) for row in rows)
+        houses = len({row["scan"] for row in rows})
+        lines.append(
+            f"* Seed {seed}: BLEU {max(scored.values()):.1f} on val_seen; {texts:,} instructions of {len(rows):,} sampled "
+            f"paths in {houses} training houses, the first: “{rows[0]['instructions'][0]}”"
+        )
+    return lines
+
+
+def provenance_table(folders: Sequence[Path]) -> list[str]:
+    """Command, seed, commit and machine of each run."""
+    lines = ["| run | command | seed | commit | machine |", "|---|---|---|---|---|"]
+    for folder in folders:
+        entry: dict[str, Any] = json.loads((folder / "provenance.json").read_text())[-1]
+        lines.append(
+            f"| {folder.name} | `{portable(entry['command'])}` | {entry['seed']} | {entry['commit'][:9]} | "
+            f"{entry['device_name']} |"
+        )
+    return lines
+
+
+TITLES = {"r2r": "R2R", "ndh": "NDH", "hanna": "HANNA"}
+
+
+def write(
+    runs: Path, out: Path, seeds: Sequence[int], tasks: Mapping[str, Sequence[str]],
+    labels: Mapping[str, str], splits: Mapping[str, tuple[str, str]],
+) -> Path:  # fmt: skip
+    """Report, pictures and numbers of finished runs.
+
+    Args:
+        runs: folder of the run folders.
+        out: folder, made if missing.
+        seeds: of the runs.
+        tasks: arms by task.
+        labels: of the arms.
+        splits: by task, that of known and that of unseen houses.
+
+    Returns:
+        The report.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lines, numbers = _head(runs, seeds), dict[str, Any]()
+    for task, arms in tasks.items():
+        lines += [f"## {TITLES[task]}", ""]
+        for split, where in zip(splits[task], ("known", "unseen"), strict=True):
+            scores = {
+                arm: read_scores([runs / f"{task}-{arm}-{seed}.{split}.scores.json" for seed in seeds], task)
+                for arm in arms
+            }
+            count = len(next(iter(scores.values())).names)
+            differences, found = difference_table(task, scores)
+            lines += [f"### {split}: {where} houses, {count:,} instructions", ""]
+            lines += [*score_table(task, scores, labels), "", *differences, ""]
+            numbers[f"{task}/{split}"] = {
+                "means": {arm: {field: value.mean(axis=1).tolist() for field, value in row.values.items()}
+                          for arm, row in scores.items()},
+                "differences": found,
+            }  # fmt: skip
+            if task == "r2r" and where == "unseen":
+                maps = draw_maps(runs, seeds[0], scores, 0, out)
+        if task == "r2r":
+            lines += [*effort(runs, seeds, arms), "", *_gallery(maps), ""]
+    draw_curves(runs, seeds, tasks, out / "curves.png")
+    lines += ["## Curves", "", "![fine-tuning](curves.png)", ""]
+    if "r2r" in tasks:
+        draw_pretraining(runs, seeds, ("b", "c", "c+", "d"), out / "pretraining.png")
+        lines += ["![pre-training](pretraining.png)", ""]
+    lines += ["## What the speakers say", "", *spoken(runs, seeds), "", "## Runs", ""]
+    folders = sorted(path.parent for path in runs.glob("*/provenance.json"))
+    lines += [*provenance_table(folders), ""]
+    write_atomically(out / "results.json", json.dumps(numbers, indent=1) + "\n")
+    write_atomically(out / "report.md", "\n".join(lines))
+    return out / "report.md"
+
+
+def _head(runs: Path, seeds: Sequence[int]) -> list[str]:
+    made = load_config(runs / "world" / "config.json")["config"]
+    return [
+        "# Pre-training in the embedded houses",
+        "",
+        f"`python -m benchmarks.prevalent --seeds {' '.join(map(str, seeds))}`",
+        "",
+        f"A world of {made['num_seen']} training houses and {made['num_unseen']} unseen ones, seed "
+        f"{made['seed']}. Small networks from random weights; every seed has a speaker, pre-trainings and "
+        "agents of its own. Speaker, sampled paths and pre-training see the training houses alone, and the "
+        "best agent of a run is chosen on val_seen. ± is the deviation over seeds. A difference has the 95 % "
+        "interval of a bootstrap over seeds and paths, paired by seed and instruction.",
+        "",
+    ]
+
+
+def _gallery(maps: Sequence[str]) -> list[str]:
+    pairs = [maps[place : place + 2] for place in range(0, len(maps), 2)]
+    lines = ["Episodes in unseen houses that (d) solves, right, and (a) does not, left:", ""]
+    return [*lines, *(f"![(a)]({left}) ![(d)]({right})" for left, right in pairs)]

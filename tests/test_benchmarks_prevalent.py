@@ -1,0 +1,154 @@
+"""The pre-training experiment: what sees which houses, order of the runs, paired intervals, the report."""
+
+import json
+import os
+import sys
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from benchmarks.prevalent import ARMS, SEEN, TASKS, UNSEEN, Job, Lengths, make_jobs, run_jobs
+from benchmarks.prevalent_report import paired_interval, path_of, read_scores, write
+from vln import pretrain_data, speaker_data
+from vln.features import FeatureStore
+from vln.houses import main as make_houses
+
+TINY = Lengths(
+    speaker_steps=2, num_paths=6, num_instructions=2, pretrain_steps=2, long_pretrain_steps=3, steps=2
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The whole experiment, tiny, in this process: its folder, and the scans whose features each job read."""
+    runs = tmp_path_factory.mktemp("prevalent")
+    world = "--num-seen 4 --num-unseen 1 --train-groups 12 --val-groups 2 --group-size 3".split()
+    make_houses(["--out", str(runs / "world"), *world])
+    seen, gather, threads = {}, FeatureStore.gather, torch.get_num_threads()
+    patch = pytest.MonkeyPatch()
+    patch.setenv("ACCELERATE_USE_CPU", "1")
+    torch.set_num_threads(1)
+    for job in make_jobs(runs / "world", runs, [0], TINY, list(TASKS)):
+        scans = seen.setdefault(job.name, set())
+
+        def recorded(self, scan_ids, viewpoint_ids, scans=scans):
+            scans.update(scan_ids)
+            return gather(self, scan_ids, viewpoint_ids)
+
+        patch.setattr(FeatureStore, "gather", recorded)
+        assert not job.finished()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        module, *words = job.words()
+        patch.setattr(sys, "orig_argv", [sys.executable, "-m", module, *words])  # for the provenance
+        import_module(module).main(words)
+        assert job.finished(), job.name
+    patch.undo()
+    torch.set_num_threads(threads)
+    return runs, seen
+
+
+def test_speaker_sampling_and_pre_training_never_see_unseen_houses(finished):
+    _, seen = finished
+    before = {name: scans for name, scans in seen.items() if name.startswith(("speaker", "told", "pretrain"))}
+    assert sorted(before) == ["pretrain-b-0", "pretrain-c+-0", "pretrain-c-0", "pretrain-d-0", "speaker-0",
+                              "told-0.json"]  # fmt: skip
+    for name, scans in before.items():
+        assert scans and all(scan.startswith("seen") for scan in scans), name
+    assert any(scan.startswith("unseen") for scan in seen["r2r-a-0.val_unseen.scores.json"])
+
+
+def test_items_of_unseen_houses_are_not_even_opened_for_the_pre_training(finished):
+    runs, _ = finished
+    for job in make_jobs(runs / "world", runs, [0], TINY, ["r2r"]):
+        module, *words = job.words()
+        if module in ("vln.pretrain", "vln.speaker"):
+            data = import_module(module).parse(words).data
+            opened = (pretrain_data if module == "vln.pretrain" else speaker_data).open_data(data)
+            for part in (opened.train, *opened.val.values()):
+                assert not [scan for scan in part.scan_ids if scan.startswith("unseen")], job.name
+
+
+def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
+    runs, _ = finished
+    splits = {task: (SEEN[task], UNSEEN[task]) for task in TASKS}
+    text = write(runs, tmp_path, [0], TASKS, ARMS, splits).read_text()
+    for arm, label in ARMS.items():
+        assert f"| ({arm}) | {label} |" in text
+    scores = json.loads((runs / "r2r-d-0.val_unseen.scores.json").read_text())["scores"]["r2r"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["r2r/val_unseen"]["means"]["d"]["spl"] == pytest.approx([scores["spl"]])
+    assert f"{scores['nav_error']:.2f}" in text
+    assert {"c - a, success", "d - c, spl", "c+ - c, spl"} <= set(results["r2r/val_unseen"]["differences"])
+    assert "d - a, goal_progress" in results["ndh/val_unseen"]["differences"]
+    assert str(runs) not in text and "`python -m vln.pretrain houses" in text
+    assert "(d) | as (c+)" in text and "| 192 |" in text  # 3 steps of 64 triplets
+    for name in ("curves.png", "pretraining.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_longer_fine_tuning_takes_the_time_of_the_pre_training_and_keeps_its_length(finished):
+    runs, _ = finished
+    config = json.loads((runs / "r2r-a+-0" / "config.json").read_text())
+    jobs = {job.name: job for job in make_jobs(runs / "world", runs, [0], TINY, ["r2r"])}
+    words = jobs["r2r-a+-0"].words()
+    assert int(words[words.index("--steps") + 1]) == config["run"]["steps"] > TINY.steps
+    assert jobs["r2r-a+-0"].after == ("r2r-a-0", "pretrain-c-0")
+
+
+def test_jobs_wait_for_what_they_need_and_finished_ones_are_not_run(tmp_path):
+    made = []
+
+    def job(name, *after, words=("this",), done=False):
+        def words_of():
+            made.append(name)
+            return list(words)
+
+        return Job(name, after, words_of, lambda: done)
+
+    jobs = [job("first"), job("old", done=True), job("last", "first", "old"), job("middle")]
+    lines = list(run_jobs(jobs, tmp_path / "logs", workers=2))
+    assert "old: finished before" in lines and len(lines) == 4
+    assert sorted(made) == ["first", "last", "middle"] and made.index("last") > made.index("first")
+    assert "Zen of Python" in (tmp_path / "logs" / "first.log").read_text()
+
+
+def test_a_failed_job_ends_the_experiment_and_names_its_log(tmp_path):
+    broken = Job("broken", (), lambda: ["no_such_module"], lambda: False)
+    after = Job("after", ("broken",), lambda: pytest.fail("must not run"), lambda: False)
+    with pytest.raises(RuntimeError, match=rf"broken ended with code 1: see .*{os.sep}broken\.log"):
+        list(run_jobs([broken, after], tmp_path, workers=2))
+
+
+def test_paired_interval_sees_a_small_gain_under_large_differences_between_items():
+    random = np.random.default_rng(0)
+    hard = random.normal(0, 10, 400)  # the same for both: pairing takes it out
+    first = hard + random.normal(0.5, 1, (3, 400))
+    second = hard + random.normal(0.0, 1, (3, 400))
+    found = paired_interval(first, second, np.arange(400), resamples=500)
+    assert found.excludes_zero and 0.3 < found.low < found.mean < found.high < 0.7
+    none = paired_interval(first, first + random.normal(0, 1, (3, 400)), np.arange(400), resamples=500)
+    assert not none.excludes_zero
+
+
+def test_paired_interval_counts_paths_not_instructions():
+    random = np.random.default_rng(1)
+    paths = np.repeat(np.arange(30), 9)
+    gain = random.normal(0.2, 1, 30)[paths][None].repeat(2, axis=0)
+    wide = paired_interval(gain, np.zeros_like(gain), paths, resamples=400)
+    narrow = paired_interval(gain, np.zeros_like(gain), np.arange(270), resamples=400)
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+    assert path_of("12_34_2") == "12_34" and path_of("7") == "7"
+
+
+def test_scores_of_other_items_are_refused(tmp_path):
+    for number, names in enumerate((["1_0", "1_1"], ["1_0"])):
+        row = dict.fromkeys(("success", "spl", "oracle_success", "ndtw", "nav_error"), 1.0)
+        text = json.dumps({"items": {"r2r": dict.fromkeys(names, row)}})
+        (tmp_path / f"{number}.json").write_text(text)
+    files = [tmp_path / "0.json", tmp_path / "1.json"]
+    with pytest.raises(ValueError, match=r"1\.json has other items than .*0\.json"):
+        read_scores(files, "r2r")
+    assert read_scores(files[:1], "r2r").values["spl"].tolist() == [[1.0, 1.0]]
