@@ -31,6 +31,9 @@ from benchmarks.language_speed import FULL
 from benchmarks.language_speed import TINY as TINY_LANGUAGE
 from benchmarks.language_speed import on_gpu as on_gpu_language
 from benchmarks.peers import SHAPES, Ours, OursRegularize, Shape, Upstream, clustered, exactness, feature_like
+from benchmarks.pretraining_speed import FULL as FULL_PREVALENT
+from benchmarks.pretraining_speed import TINY as TINY_PREVALENT
+from benchmarks.pretraining_speed import measure as measure_pretraining
 from benchmarks.steps import BACKBONES, on_gpu
 from fq.provenance import provenance
 from fq.run import write_atomically
@@ -441,6 +444,17 @@ def language(bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def navigation(bench: Bench) -> dict[str, Any]:
+    """Pre-training of Prevalent at the published size in bfloat16, texts of 80 tokens, by batch."""
+    sizes, tokens, steps = (FULL_PREVALENT, 80, 10) if bench.cuda else (TINY_PREVALENT, 8, 2)
+    return {
+        f"batch {batch}": measure_pretraining(
+            sizes, batch=batch, tokens=tokens, steps=steps, device=bench.device, roof=ROOF_BF16
+        )
+        for batch in ((96, 512) if bench.cuda else (2,))
+    }
+
+
 SECTIONS: dict[str, Section] = {
     "correctness": correctness,
     "compiled": compiled,
@@ -450,6 +464,7 @@ SECTIONS: dict[str, Section] = {
     "discriminator_step": discriminator,
     "training": training,
     "language": language,
+    "navigation": navigation,
     "bandwidth": bandwidth,
     "sweep": sweep,
 }
@@ -579,6 +594,12 @@ def summary(results: dict[str, Any]) -> str:
         if isinstance(row, dict) and "tokens_per_second" in row:
             lines.append(
                 f"sentence VAE, {name}: {row['tokens_per_second']:.0f} tokens/s, "
+                f"{row['percent_of_roof']:.0f}% of the roof, {row.get('peak_mib', 0):.0f} MiB"
+            )
+    for name, row in results.get("navigation", {}).items():
+        if isinstance(row, dict) and "triplets_per_second" in row:
+            lines.append(
+                f"Prevalent, {name}: {row['triplets_per_second']:.0f} triplets/s, "
                 f"{row['percent_of_roof']:.0f}% of the roof, {row.get('peak_mib', 0):.0f} MiB"
             )
     lines += [f"{where}: {error}" for where, error in errors(results)]

@@ -39,21 +39,24 @@ SEEN = {"r2r": "val_seen", "ndh": "val_seen", "hanna": "val_seen_env"}
 CHOSEN_BY = {"r2r": "val_seen/spl", "ndh": "val_seen/goal_progress", "hanna": "val_seen_env/spl"}
 """What the best agent of a run is best in: houses that it knows."""
 
+NUM_SEEN = 120
+"""Training houses: in few, paths are learnt by heart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
     """How much is done, the same for every seed."""
 
     speaker_steps: int = 1500
-    num_paths: int = 2400
+    num_paths: int = 6000
     """Sampled and described."""
     num_instructions: int = 3
     """Of each of them."""
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 2000
     """Of (b) and (c)."""
-    long_pretrain_steps: int = 3000
+    long_pretrain_steps: int = 6000
     """Of (c+) and (d)."""
-    steps: int = 500
+    steps: int = 600
     """Of the fine-tuning."""
 
 
@@ -235,7 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
     world, lengths = options.runs / "world", Lengths()
     try:
         if not (world / "config.json").is_file():
-            subprocess.run([sys.executable, "-m", "vln.houses", "--out", str(world)], check=True)
+            words = [sys.executable, "-m", "vln.houses", "--num-seen", str(NUM_SEEN), "--out", str(world)]
+            subprocess.run(words, check=True)
         jobs = make_jobs(world, options.runs, options.seeds, lengths, options.tasks)
         for line in run_jobs(jobs, options.runs / "logs", workers=options.workers):
             print(line, flush=True)

@@ -320,8 +320,9 @@ def spoken(runs: Path, seeds: Sequence[int]) -> list[str]:
         texts = sum(len(row["instructions"]) for row in rows)
         houses = len({row["scan"] for row in rows})
         lines.append(
-            f"* Seed {seed}: BLEU {max(scored.values()):.1f} on val_seen; {texts:,} instructions of {len(rows):,} sampled "
-            f"paths in {houses} training houses, the first: “{rows[0]['instructions'][0]}”"
+            f"* Seed {seed}: BLEU {max(scored.values()):.1f} on val_seen; {texts:,} instructions of "
+            f"{len(rows):,} sampled paths in {houses} training houses, the first: "
+            f"“{rows[0]['instructions'][0]}”"
         )
     return lines
 

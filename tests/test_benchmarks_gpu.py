@@ -18,8 +18,14 @@ def test_a_dry_run_goes_through_every_part(tmp_path, capsys):
     assert results["discriminator_step"]["plain_ms"] > 0
     sizes = {name: row["tokens_per_second"] for name, row in results["language"].items()}
     assert list(sizes) == ["latent 32", "latent 768"] and min(sizes.values()) > 0
+    triplets = results["navigation"]["batch 2"]
+    assert triplets["triplets_per_second"] > 0 and triplets["flop_of_a_step"] > 2 * 3 * triplets["parameters"]
     printed = capsys.readouterr().out
-    assert "checks not met: none" in printed and "sentence VAE, latent 768: " in printed
+    assert (
+        "Prevalent, batch 2: " in printed
+        and "checks not met: none" in printed
+        and "sentence VAE, latent 768: " in printed
+    )
 
 
 def test_wrong_codes_and_sums_are_found(monkeypatch):
