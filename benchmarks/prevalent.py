@@ -54,7 +54,7 @@ class Lengths:
     """Of each of them."""
     pretrain_steps: int = 2000
     """Of (b) and (c)."""
-    long_pretrain_steps: int = 6000
+    long_pretrain_steps: int = 5000
     """Of (c+) and (d)."""
     steps: int = 600
     """Of the fine-tuning."""

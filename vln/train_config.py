@@ -323,7 +323,7 @@ RXR = Training(
     run=WalkRunConfig(eval_max_steps=50, select="val_unseen/sdtw"),
 )
 _SMALL = AgentConfig(
-    hidden_size=64, num_attention_heads=4, intermediate_size=128, num_text_layers=1, num_cross_layers=2,
+    hidden_size=64, num_attention_heads=4, intermediate_size=128, num_text_layers=1, num_cross_layers=1,
     angle_size=8, max_position_embeddings=320, trunk_dropout=0.0, feature_scale=10.0, initializer_range=0.12,
     encoder_hidden=64, decoder_hidden=128, action_embedding=16, encoder_dropout=0.1, decoder_dropout=0.1,
     feature_dropout=0.1,
