@@ -162,13 +162,13 @@ def test_a_released_file_that_is_not_as_expected_is_refused(tmp_path, content, m
 
 def test_view_labels_do_not_change_when_world_and_agent_turn_together():
     random = np.random.default_rng(0)
-    ahead, target = random.integers(36, size=50), random.integers(-1, 36, size=50)
+    ahead, target = random.integers(36, size=500), random.integers(-1, 36, size=500)
 
     def labels(turn):
         def turned(view):
             return np.where(view < 0, -1, view // 12 * 12 + (view + turn) % 12)
 
-        blank = np.zeros(50, dtype=np.int32)
+        blank = np.zeros(500, dtype=np.int32)
         return Triplets(blank, turned(ahead), blank, turned(target), blank).labels("view")
 
     assert np.array_equal(labels(0), labels(5)) and not np.array_equal(
