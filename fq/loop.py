@@ -20,7 +20,7 @@ def derived_seed(*numbers: int, bits: int = 64) -> int:
     """A seed that depends on these numbers alone, such as those of run, step and process.
 
     Args:
-        numbers: not negative.
+        numbers: not negative, the same count in all calls of a purpose: zeros at the end change nothing.
         bits: of the seed, 1 to 64.
 
     Returns:
