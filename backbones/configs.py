@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import tyro
 
@@ -14,8 +13,6 @@ from backbones.data import DataConfig
 from backbones.losses import LossName
 from backbones.stylegan2 import StyleGAN2Config
 from backbones.ugatit import UGATITConfig
-
-T = TypeVar("T")
 
 
 def _at_least(config: Any, least: float, *names: str) -> None:
@@ -390,55 +387,3 @@ MAY_CHANGE = (
     *("data." + name for name in ("num_workers", "data_root", "download")),
 )
 """Options that may differ when a run is resumed: they change what is reported, never what is computed."""
-
-
-def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Rebuild a configuration from what ``dataclasses.asdict`` and JSON made of it.
-
-    Args:
-        kind: the dataclass.
-        values: nested mapping with every field; lists stand for tuples.
-
-    Returns:
-        The configuration, checked as ever.
-
-    Raises:
-        ValueError: a key is unknown or missing, or a value is out of range.
-    """
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    unknown, missing = sorted(set(values) - set(names)), sorted(set(names) - set(values))
-    if unknown or missing:
-        raise ValueError(
-            f"configuration of {kind.__name__} has unknown keys {unknown} and lacks {missing}: it was "
-            "written by another version; start from a preset instead"
-        )
-    hints = get_type_hints(kind)
-    built = {}
-    for name, value in values.items():
-        nested = hints[name]
-        if is_dataclass(nested):
-            value = from_dict(nested, value)  # type: ignore[arg-type]
-        built[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**built)
-
-
-def stored_training(values: Mapping[str, Any]) -> Training:
-    """The configuration of a run of any model, told apart by what its ``model`` group holds.
-
-    Args:
-        values: contents of a ``config.json``.
-
-    Returns:
-        The configuration, checked as ever.
-
-    Raises:
-        ValueError: a key is unknown or missing, or a value is out of range.
-    """
-    model = values.get("model")
-    given = set(model) if isinstance(model, Mapping) else set()
-    kinds: tuple[type[Training], ...] = (BigGANTraining, StyleGAN2Training, UGATITTraining)
-
-    def known(kind: type[Training]) -> int:
-        return len(given & {field.name for field in fields(get_type_hints(kind)["model"])})
-
-    return from_dict(max(kinds, key=known), values)

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from backbones.configs import UGATITTraining, stored_training
+from backbones.configs import UGATITTraining
 from backbones.data import DataConfig, open_images
 from backbones.sample import load_generator, sampler
 from backbones.scores import make_extractor, score_generator
+from backbones.train_setup import stored_training
 from backbones.translate import Direction, load_translator, score_translations
 from backbones.unpaired import open_pair
 from fq.provenance import provenance

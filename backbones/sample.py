@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from backbones import stylegan2
 from backbones.biggan import BigGANConfig, Generator
-from backbones.configs import UGATITTraining, stored_training
+from backbones.configs import UGATITTraining
 from backbones.convert import infer_config, load_public
 from backbones.convert_stylegan2 import load_nvidia
 from backbones.data import Images
 from backbones.stylegan2 import StyleGAN2Config
+from backbones.train_setup import stored_training
 from fq.run import CONFIG, STEP_NAME, checkpoint_tensors, load_config, newest_checkpoint
 
 AVERAGE = "model_2.safetensors"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,14 @@ from backbones.train_setup import (
     attach_fq,
     average_buffers,
     commitment_of,
-    make_accelerator,
     open_checked,
     open_run,
     parts,
     penalty,
-    prepare,
     seeded,
 )
+from fq.command import make_accelerator
+from fq.loop import prepare, summed_last
 from fq.run import Steps
 
 _TERMS = ("loss_d_real", "loss_d_fake", "commitment_d", "loss_g", "commitment_g")
@@ -60,7 +59,9 @@ def train(config: BigGANTraining) -> Path:
         FloatingPointError: a loss is not finite; the last checkpoint is from before.
     """
     options, optim, model = config.run, config.optim, config.model
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(
+        folder=config.folder, trackers=options.trackers, mixed_precision=options.mixed_precision
+    )
     set_seed(options.seed)  # weights only: the loop itself draws from _latents
     images = open_checked(
         config.data, resolution=model.resolution, num_classes=model.num_classes,
@@ -136,7 +137,7 @@ def train(config: BigGANTraining) -> Path:
                     fake = net_g(z, generator.shared(labels))
                 both = torch.cat([fake.float(), real]).contiguous(memory_format=torch.channels_last)
                 both_labels = torch.cat([labels, real_labels])
-                with _summed_last(accelerator, net_d, micro, optim.accumulation):
+                with summed_last(accelerator, net_d, micro, optim.accumulation):
                     with accelerator.autocast(), parts(handle, "fake", "real"):
                         verdict = _verdict(net_d(both, both_labels))
                     on_fake, on_real = verdict.realness.chunk(2)
@@ -158,7 +159,7 @@ def train(config: BigGANTraining) -> Path:
         g_terms = []
         for micro in range(optim.accumulation):
             z, labels = next(latents)
-            with _summed_last(accelerator, net_g, micro, optim.accumulation):
+            with summed_last(accelerator, net_g, micro, optim.accumulation):
                 with accelerator.autocast(), parts(handle, "fake"):
                     fake = net_g(z, generator.shared(labels)).float()
                     verdict = _verdict(discriminator(fake, labels))
@@ -193,13 +194,6 @@ def _latents(
         z = torch.randn(everyone, latent_dim, generator=draw)[mine]
         labels = torch.randint(config.model.num_classes, (everyone,), generator=draw)[mine]
         yield z.to(accelerator.device), labels.to(accelerator.device)
-
-
-def _summed_last(
-    accelerator: Accelerator, model: nn.Module, micro: int, accumulation: int
-) -> AbstractContextManager[Any]:
-    """Gradients are summed over processes once, in the last micro-batch."""
-    return nullcontext() if micro == accumulation - 1 else accelerator.no_sync(model)
 
 
 def _detached(*terms: Tensor) -> Tensor:

@@ -1,58 +1,55 @@
-"""What the training loops share: processes, pictures, FQ, and what is written at which step."""
+"""What the training loops share: stored configurations, pictures, FQ, and what is written at which step."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from datetime import timedelta
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import LoggerType, ProjectConfiguration, broadcast, tqdm
+from accelerate import Accelerator
+from accelerate.utils import broadcast, tqdm
 from torch import Tensor, nn
 
 import fq
-from backbones.configs import MAY_CHANGE, QuantizerConfig, Training
+from backbones.configs import (
+    MAY_CHANGE,
+    BigGANTraining,
+    QuantizerConfig,
+    StyleGAN2Training,
+    Training,
+    UGATITTraining,
+)
 from backbones.data import DataConfig, Images, open_images
+from fq.command import flat_settings, from_dict
+from fq.loop import derived_seed, due, require_finite
 from fq.run import RunFolder
 
 
-def make_accelerator(config: Training) -> Accelerator:
-    """The processes of a run, with its trackers.
+def stored_training(values: Mapping[str, Any]) -> Training:
+    """The configuration of a run of any model, told apart by what its ``model`` group holds.
+
+    Args:
+        values: contents of a ``config.json``.
+
+    Returns:
+        The configuration, checked as ever.
 
     Raises:
-        ValueError: a tracker is unknown.
-        ImportError: a tracker is not installed.
+        ValueError: a key is unknown or missing, or a value is out of range.
     """
-    known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
-    for name in config.run.trackers:
-        if name not in known:
-            raise ValueError(f"tracker {name!r} is unknown: accelerate knows {', '.join(known)}")
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(
-                f"tracker {name!r} is not installed: pip install {name}, or leave it out of --trackers"
-            )
-    # Buffers need no broadcast: spectral norm sees equal weights on all ranks, codebooks equal statistics,
-    # and the generator's batch statistics are averaged after every step.
-    return Accelerator(
-        mixed_precision=config.run.mixed_precision,
-        log_with=list(config.run.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=str(Path(config.folder) / "trackers")),
-        # Scoring 50,000 samples keeps the other processes waiting for longer than the usual ten minutes.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
-        ],
-        step_scheduler_with_optimizer=False,
-    )
+    model = values.get("model")
+    given = set(model) if isinstance(model, Mapping) else set()
+    kinds: tuple[type[Training], ...] = (BigGANTraining, StyleGAN2Training, UGATITTraining)
+
+    def known(kind: type[Training]) -> int:
+        return len(given & {field.name for field in fields(get_type_hints(kind)["model"])})
+
+    return from_dict(max(kinds, key=known), values)
 
 
 def open_checked(
@@ -124,23 +121,13 @@ def open_run(config: Training, accelerator: Accelerator) -> RunFolder:
     """
     values = asdict(config)
     run = RunFolder.open(config.folder, values, accelerator, seed=config.run.seed, may_change=MAY_CHANGE)
-    accelerator.init_trackers("fq-gan", config=_flat(values))
+    accelerator.init_trackers("fq-gan", config=flat_settings(values))
     return run
-
-
-def prepare(accelerator: Accelerator, *objects: Any) -> tuple[Any, ...]:
-    """``accelerator.prepare`` without a warning that its user can do nothing about."""
-    with warnings.catch_warnings():
-        # Newer PyTorch renames what accelerate's DistributedDataParallelKwargs still calls broadcast_buffers.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        prepared = accelerator.prepare(*objects)
-    return prepared if isinstance(prepared, tuple) else (prepared,)
 
 
 def seeded(*numbers: int) -> torch.Generator:
     """A source of random numbers on the CPU that depends on these numbers alone."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator().manual_seed(derived_seed(*numbers))
 
 
 @torch.no_grad()
@@ -234,14 +221,14 @@ class Reports:
         """
         options = self.config.run
         self._window.append(self._finite(self.accelerator.reduce(terms, "mean"), now))
-        saving = _due(now, options.checkpoint_every, options.steps)
+        saving = due(now, options.checkpoint_every, options.steps)
         # Also at checkpoints: a window that spans one would be cut short in a resumed run.
-        if saving or _due(now, options.log_every, options.steps):
+        if saving or due(now, options.log_every, options.steps):
             self._log(now)
         paused = time.perf_counter()
-        if _due(now, options.sample_every, options.steps) and self.accelerator.is_main_process:
+        if due(now, options.sample_every, options.steps) and self.accelerator.is_main_process:
             self.sample(self.run.samples / f"{now:06d}.png")
-        if self.score and _due(now, options.eval_every, options.steps):
+        if self.score and due(now, options.eval_every, options.steps):
             self.run.log(now, self.score(), prefix="score")
         if saving:
             self._refuse_broken_weights(now)
@@ -272,13 +259,16 @@ class Reports:
 
     def _finite(self, terms: Tensor, step: int) -> Tensor:
         terms = terms.cpu()
-        for name, value in zip(self.terms, terms.tolist(), strict=True):
-            if not math.isfinite(value) and not (name in self.now_and_then and math.isnan(value)):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {step}: stopped; the last good checkpoint is in "
-                    f"{self.run.checkpoints}. Lower the learning rates or the commitment weight, or look for "
-                    "broken pictures"
-                )
+        # NaN stands for a term that the step lacks.
+        figures = {
+            name: value
+            for name, value in zip(self.terms, terms.tolist(), strict=True)
+            if not (name in self.now_and_then and math.isnan(value))
+        }
+        require_finite(
+            figures, step=step, checkpoints=self.run.checkpoints,
+            advice="Lower the learning rates or the commitment weight, or look for broken pictures",
+        )  # fmt: skip
         return terms
 
     def _refuse_broken_weights(self, step: int) -> None:
@@ -292,10 +282,6 @@ class Reports:
                     )
 
 
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
-
-
 def announce(config: Training, accelerator: Accelerator, folder: Path, first: int, what: str) -> None:
     """One line on start that says what will happen and where."""
     if first >= config.run.steps:
@@ -306,13 +292,3 @@ def announce(config: Training, accelerator: Accelerator, folder: Path, first: in
         f"{doing} with fq={config.quantizer.fq} to step {config.run.steps}: {what}, "
         f"{accelerator.num_processes} process(es) on {accelerator.device}, into {folder}"
     )
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Configuration as trackers take it: one level, plain values."""
-    groups = {group: values for group, values in config.items() if isinstance(values, dict)}
-    return {"preset": config["preset"]} | {
-        f"{group}.{name}": value if isinstance(value, int | float | str | bool) else str(value)
-        for group, values in groups.items()
-        for name, value in values.items()
-    }

@@ -31,15 +31,15 @@ from backbones.train_setup import (
     average_buffers,
     average_gradients,
     commitment_of,
-    make_accelerator,
     open_checked,
     open_run,
     parts,
     penalty,
-    prepare,
     same_everywhere,
     seeded,
 )
+from fq.command import make_accelerator
+from fq.loop import prepare
 from fq.run import Steps
 
 _TERMS = ("loss_d_real", "loss_d_fake", "commitment_d", "loss_g", "commitment_g", "r1", "path")
@@ -84,7 +84,9 @@ def train(config: StyleGAN2Training, *, augment: Augment | None = None) -> Path:
         FloatingPointError: a loss is not finite; the last checkpoint is from before.
     """
     options, optim, model = config.run, config.optim, config.model
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(
+        folder=config.folder, trackers=options.trackers, mixed_precision=options.mixed_precision
+    )
     set_seed(options.seed)  # weights only: the loop itself draws from _Draws
     images = open_checked(
         config.data, resolution=model.resolution, num_classes=model.num_classes,

@@ -25,15 +25,15 @@ from backbones.train_setup import (
     attach_fq,
     average_gradients,
     commitment_of,
-    make_accelerator,
     open_run,
     parts,
-    prepare,
     same_everywhere,
 )
 from backbones.translate import save_translations, score_translations
 from backbones.ugatit import Networks, build_networks, clip_rho
 from backbones.unpaired import Pair, Split, open_pair, unpaired_batches
+from fq.command import make_accelerator
+from fq.loop import prepare
 from fq.run import Steps
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -55,7 +55,9 @@ def train(config: UGATITTraining) -> Path:
         FloatingPointError: a loss is not finite; the last checkpoint is from before.
     """
     options, optim, model = config.run, config.optim, config.model
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(
+        folder=config.folder, trackers=options.trackers, mixed_precision=options.mixed_precision
+    )
     set_seed(options.seed)  # weights only
     source = config.data
     train_pair, test_pair = (

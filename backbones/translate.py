@@ -18,10 +18,11 @@ from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from backbones.configs import UGATITTraining, stored_training
+from backbones.configs import UGATITTraining
 from backbones.convert_ugatit import load_public
 from backbones.sample import save_grid
 from backbones.scores import Extractor, score_generator
+from backbones.train_setup import stored_training
 from backbones.ugatit import Generator, Translation
 from backbones.unpaired import Pair
 from fq.run import CONFIG, STEP_NAME, checkpoint_tensors, load_config, newest_checkpoint

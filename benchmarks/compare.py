@@ -22,10 +22,10 @@ from torch import nn
 
 import fq
 from backbones import biggan, stylegan2
-from backbones.configs import BigGANTraining, StyleGAN2Training, Training, UGATITTraining, stored_training
+from backbones.configs import BigGANTraining, StyleGAN2Training, Training, UGATITTraining
 from backbones.data import batches, open_images
 from backbones.sample import generate, load_generator
-from backbones.train_setup import attach_fq
+from backbones.train_setup import attach_fq, stored_training
 from fq.run import checkpoint_tensors, load_config, newest_checkpoint, read_metrics, write_atomically
 
 COLORS = {"none": "#444444", "regularize": "#1f77b4", "replace": "#d62728", "blend": "#2ca02c"}

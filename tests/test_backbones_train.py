@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from backbones import train, train_biggan, train_setup
-from backbones.configs import BigGANOptim, BigGANTraining, QuantizerConfig, RunConfig, from_dict
+from backbones.configs import BigGANOptim, BigGANTraining, QuantizerConfig, RunConfig
 from backbones.data import DataConfig, open_images
 from backbones.losses import ADVERSARIAL, AdversarialLoss
 from backbones.presets import PRESETS
@@ -520,7 +520,8 @@ def test_every_preset_runs_two_steps(preset, mode, size, options, tmp_path):
     assert (newest_checkpoint(run) or run).name == "step_00000002"
     stored = load_config(run)
     assert stored["preset"] == preset and stored["optim"]["d_steps"] == PRESETS[preset][1].optim.d_steps
-    assert from_dict(BigGANTraining, stored).folder == str(run)
+    training = train_setup.stored_training(stored)
+    assert isinstance(training, BigGANTraining) and training.folder == str(run)
 
 
 def test_presets_hold_the_paper_s_numbers():

@@ -19,7 +19,9 @@ ENTRIES = set(
     " tasks".split()
 )  # fmt: skip
 KERNELS = ("fq.kernels", "fq.kernels_search")
-HEAVY = {"accelerate", "torchvision", "transformers", "triton"}
+# What training needs; `import fq` does not.
+TRAINING = ("fq.run", "fq.provenance", "fq.command", "fq.loop")
+HEAVY = {"accelerate", "torchvision", "transformers", "triton", "tyro"}
 
 
 def imported(source: str, module: str) -> Iterator[str]:
@@ -49,10 +51,10 @@ def violations(source: str, module: str) -> list[str]:
         allowed.add("fq")
     tops = {name.split(".")[0] for name in imported(source, module)}
     found = sorted((tops & set(OURS)) - allowed)
-    if package == "fq" and module not in ("fq.run", "fq.provenance"):
+    if package == "fq" and module not in TRAINING:
         found += sorted(tops & (HEAVY - {"triton"} if module in KERNELS else HEAVY))
         if module == "fq.__init__":
-            lazy = ("fq.run", "fq.provenance", *KERNELS)
+            lazy = (*TRAINING, *KERNELS)
             found += [name for name in imported(source, module) if name in lazy]
     return found
 
@@ -90,7 +92,9 @@ def test_imports_point_in_the_allowed_direction(module):
         ("fq.search", "import triton", ["triton"]),
         ("fq.stats", "from torchvision.utils import make_grid", ["torchvision"]),
         ("fq.stats", "importlib.import_module('transformers.models')", ["transformers"]),
+        ("fq.stats", "import tyro", ["tyro"]),
         ("fq.__init__", "from fq import run", ["fq.run"]),
+        ("fq.__init__", "from fq import command, loop", ["fq.command", "fq.loop"]),
         ("fq.__init__", "from fq.kernels_search import CONFIGS", ["fq.kernels_search"]),
         ("fq.__init__", "from fq.run import RunFolder", ["fq.run"]),
         ("backbones.biggan", "import fq", ["fq"]),
@@ -122,6 +126,8 @@ def test_a_forbidden_import_is_found_wherever_it_is_planted(module, source, foun
         ("fq.kernels", "import triton"),
         ("fq.kernels_search", "import triton"),
         ("fq.run", "from accelerate import Accelerator"),
+        ("fq.command", "import tyro\nfrom accelerate import Accelerator"),
+        ("fq.loop", "from accelerate import Accelerator"),
         ("backbones.train", "import fq\nfrom fq.run import RunFolder\nfrom backbones import biggan"),
         ("vln.tasks.follow", "import fq"),
         ("benchmarks.demo", "import fq, backbones.train, vae_lm, vln"),
@@ -144,7 +150,7 @@ def test_import_fq_loads_nothing_heavy_that_torch_does_not():
     assert not {name for name in ours if name.split(".")[0] in HEAVY - {"triton"}}
     assert not {name for name in added if name.split(".")[0] in HEAVY | {"matplotlib", "numpy", "scipy"}}
     assert not {name for name in added if name.startswith("torch._dynamo")}, "that alone takes a second"
-    assert {"fq.attach", "fq.search"} <= ours and "fq.run" not in ours
+    assert {"fq.attach", "fq.search"} <= ours and not ours & set(TRAINING)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertModel, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from fq.command import from_dict
 from fq.run import newest_checkpoint, read_metrics
 from tests.largest_tensor import LargestTensor
 from tests.tiny_lm import TEXTS, bert_config, gpt2_config, tiny_vae, tokenizers
 from vae_lm import Optimus, train, train_reports
-from vae_lm.configs import NetworkConfig, ObjectiveConfig, OptimConfig, Training, from_dict
+from vae_lm.configs import NetworkConfig, ObjectiveConfig, OptimConfig, Training
 from vae_lm.convert import save_released
 from vae_lm.data import TokenRows, training_batches
 from vae_lm.model import VAELoss

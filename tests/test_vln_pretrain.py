@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny_vln import grid, tiny_config, tiny_model, write_folder
 
+from fq.command import from_dict
 from fq.run import RunFolder, newest_checkpoint, read_metrics
 from vln import pretrain
 from vln.checkpoints import from_released, save_released
@@ -23,7 +24,6 @@ from vln.pretrain_config import (
     Pretraining,
     SizesConfig,
     TripletsConfig,
-    from_dict,
 )
 from vln.pretrain_data import RandomFeatures, Stream, Vocabulary, open_data
 from vln.world import World

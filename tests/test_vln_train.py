@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from vln.train_config import (
     Training,
     WalkRunConfig,
 )
-from vln.train_setup import Best, build_agent, build_trunk, open_data, open_words
+from vln.train_setup import Best, build_agent, build_trunk, open_data, open_words, refuse_idle_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -328,6 +329,15 @@ def test_the_command_says_what_is_wrong(data, tmp_path, options, message):
 def test_settings_that_cannot_be_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_every_process_has_an_episode_in_each_step():
+    processes = SimpleNamespace(num_processes=3)
+    refuse_idle_processes(processes, 3)
+    with pytest.raises(
+        ValueError, match="batch_size is 2 for 3 processes: give at least one episode to each"
+    ):
+        refuse_idle_processes(processes, 2)
 
 
 def test_a_model_of_other_features_or_words_and_pickled_weights_are_refused(data, tmp_path):

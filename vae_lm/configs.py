@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import tyro
 
 from vae_lm.latent import PosteriorMode
-
-T = TypeVar("T")
 
 
 def _at_least(config: Any, least: float, *names: str) -> None:
@@ -336,33 +333,3 @@ def may_change(config: Training) -> tuple[str, ...]:
     """`REPORTS`; the place of sentences whose digest is stored; the length, if no schedule depends on it."""
     moved = () if config.text.stream else ("text.data", "text.valid")
     return (*REPORTS, *moved, *(("run.steps", "run.epochs") if config.optim.schedule_steps else ()))
-
-
-def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Rebuild a configuration from what ``dataclasses.asdict`` and JSON made of it.
-
-    Args:
-        kind: the dataclass.
-        values: nested mapping with every field; lists stand for tuples.
-
-    Returns:
-        The configuration, checked as ever.
-
-    Raises:
-        ValueError: a key is unknown or missing, or a value is out of range.
-    """
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    unknown, missing = sorted(set(values) - set(names)), sorted(set(names) - set(values))
-    if unknown or missing:
-        raise ValueError(
-            f"configuration of {kind.__name__} has unknown keys {unknown} and lacks {missing}: it was "
-            "written by another version; start from a preset instead"
-        )
-    hints = get_type_hints(kind)
-    built = {}
-    for name, value in values.items():
-        nested = hints[name]
-        if is_dataclass(nested):
-            value = from_dict(nested, value)  # type: ignore[arg-type]
-        built[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**built)

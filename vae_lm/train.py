@@ -8,20 +8,19 @@ a sentence.
 
 from __future__ import annotations
 
-import gc
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from fq.run import Steps, load_config
-from vae_lm.configs import Training, from_dict
+from fq.command import from_dict, make_accelerator, parse_preset, run_command
+from fq.loop import derived_seed, prepare, summed_last
+from fq.run import Steps
+from vae_lm.configs import Training
 from vae_lm.data import ItemBatch, item_noise
 from vae_lm.presets import PRESETS
 from vae_lm.tokenizers import Batch
@@ -30,16 +29,13 @@ from vae_lm.train_setup import (
     announce,
     build_network,
     choose_tokenizers,
-    derived_seed,
     kl_weights,
     learning_rate,
-    make_accelerator,
     make_optimiser,
     open_batches,
     open_run,
-    prepare,
+    quieten_libraries,
     read_sentences,
-    summed_last,
     tokenise,
 )
 
@@ -60,7 +56,10 @@ def train(config: Training) -> Path:
         FloatingPointError: a loss is not finite; the last checkpoint is from before.
     """
     options, optim, objective = config.run, config.optim, config.objective
-    accelerator = make_accelerator(config)
+    quieten_libraries()
+    accelerator = make_accelerator(
+        folder=config.folder, trackers=options.trackers, mixed_precision=options.mixed_precision
+    )
     sentences = read_sentences(config.text, seed=options.seed)
     tokenizers = choose_tokenizers(config, sentences)
     set_seed(options.seed)  # for weights made anew
@@ -156,15 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: something is wrong with what was given, or the run was interrupted; the text says what.
     """
-    try:
-        train(parse(list(sys.argv[1:] if arguments is None else arguments)))
-        # The wrapped model holds the process group, whose threads must end before Python itself does.
-        gc.collect()
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_command(train, parse, arguments)
 
 
 def parse(arguments: list[str]) -> Training:
@@ -179,27 +170,10 @@ def parse(arguments: list[str]) -> Training:
     Raises:
         ValueError: the stored configuration, or a value, is not valid.
     """
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    command, first = "python -m vae_lm.train", arguments[0] if arguments else ""
-    if first in PRESETS:  # on its own, its errors and suggestions speak of this preset alone
-        about, preset = PRESETS[first]
-        return tyro.cli(Training, default=preset, args=arguments[1:], config=flat, description=about,
-                        prog=f"{command} {first}")  # fmt: skip
-    if first.startswith("--config"):
-        source, *rest = [*first.split("=", 1)[1:], *arguments[1:]] or [""]
-        if first.split("=")[0] != "--config" or not source:
-            raise ValueError("--config needs a run folder or a config.json after it")
-        about, stored = f"The run of {source}, with changes.", from_dict(Training, load_config(source))
-        return tyro.cli(Training, default=stored, args=rest, config=flat, description=about,
-                        prog=f"{command} --config {source}")  # fmt: skip
-    about = (
-        "Train a sentence VAE (Optimus). Every option of a preset can be changed: see "
-        f"`{command} small --help`. `{command} --config RUN [options]` takes the stored configuration of a "
-        "run instead of a preset. A run that was stopped is resumed by the same command."
-    )
-    return tyro.extras.overridable_config_cli(
-        PRESETS, args=arguments, config=flat, description=about, prog=command
-    )
+    return parse_preset(
+        arguments, PRESETS, command="python -m vae_lm.train", about="Train a sentence VAE (Optimus).",
+        stored=lambda values: from_dict(Training, values),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

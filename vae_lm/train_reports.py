@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor
 
+from fq.loop import derived_seed, require_finite
 from fq.run import RunFolder, write_atomically
 from vae_lm import latent
 from vae_lm.configs import Training
@@ -24,7 +24,7 @@ from vae_lm.generate import interpolation_table, markdown_table
 from vae_lm.latent import PosteriorMode
 from vae_lm.model import Optimus
 from vae_lm.tokenizers import DECODER_FOLDER, TextTokenizers
-from vae_lm.train_setup import MODEL, TOKENIZERS, PlainGPT2, derived_seed
+from vae_lm.train_setup import MODEL, TOKENIZERS, PlainGPT2
 
 TERMS = ("loss", "rec", "kl", "kl_counted")
 
@@ -348,12 +348,8 @@ class Reports:
 
     def _finite(self, terms: Tensor, step: int) -> Tensor:
         terms = terms.cpu()
-        for name, value in zip(TERMS, terms.tolist(), strict=False):
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {step}: stopped; the last good checkpoint is in "
-                    f"{self.run.checkpoints}. Lower --lr"
-                )
+        figures = dict(zip(TERMS, terms.tolist(), strict=False))
+        require_finite(figures, step=step, checkpoints=self.run.checkpoints, advice="Lower --lr")
         return terms
 
     def _refuse_broken_weights(self, step: int) -> None:

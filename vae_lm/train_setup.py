@@ -1,29 +1,25 @@
-"""What a training run starts from: processes, sentences, tokenisers, networks, optimiser, schedules."""
+"""What a training run starts from: sentences, tokenisers, networks, optimiser, schedules."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import itertools
 import json
 import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import LoggerType, ProjectConfiguration
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import BertConfig, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
+from fq.command import flat_settings
 from fq.run import RunFolder, write_atomically
 from vae_lm.configs import NetworkConfig, ObjectiveConfig, OptimConfig, TextConfig, Training, may_change
 from vae_lm.convert import from_released
@@ -54,35 +50,10 @@ _DROPOUTS = (
 )  # fmt: skip
 
 
-def make_accelerator(config: Training) -> Accelerator:
-    """The processes of a run, with its trackers.
-
-    Raises:
-        ValueError: a tracker is unknown.
-        ImportError: a tracker is not installed.
-    """
-    # What they say about a tied head and one file of weights is no news to anybody.
+def quieten_libraries() -> None:
+    """Keep from the user what they say about a tied head and one file of weights: no news to anybody."""
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
-    for name in config.run.trackers:
-        if name not in known:
-            raise ValueError(f"tracker {name!r} is unknown: accelerate knows {', '.join(known)}")
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(
-                f"tracker {name!r} is not installed: pip install {name}, or leave it out of --trackers"
-            )
-    return Accelerator(
-        mixed_precision=config.run.mixed_precision,
-        log_with=list(config.run.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=str(Path(config.folder) / "trackers")),
-        # An evaluation keeps the other processes waiting, perhaps for longer than the usual ten minutes.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
-        ],
-        step_scheduler_with_optimizer=False,
-    )
 
 
 # ---- sentences
@@ -463,29 +434,8 @@ def open_run(
     if accelerator.is_main_process and not note.is_file():
         tokenizers.save(run.path / TOKENIZERS)
         write_atomically(note, json.dumps({"digest": corpus.digest, "about": corpus.described}) + "\n")
-    accelerator.init_trackers("fq-gan", config=_flat(values))
+    accelerator.init_trackers("fq-gan", config=flat_settings(values))
     return run
-
-
-def prepare(accelerator: Accelerator, *objects: Any) -> tuple[Any, ...]:
-    """``accelerator.prepare`` without a warning that its user can do nothing about."""
-    with warnings.catch_warnings():
-        # Newer PyTorch renames what accelerate's DistributedDataParallelKwargs still calls broadcast_buffers.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        prepared = accelerator.prepare(*objects)
-    return prepared if isinstance(prepared, tuple) else (prepared,)
-
-
-def summed_last(
-    accelerator: Accelerator, network: nn.Module, micro: int, accumulation: int
-) -> AbstractContextManager[Any]:
-    """Gradients are summed over processes once, in the last batch of a step."""
-    return nullcontext() if micro == accumulation - 1 else accelerator.no_sync(network)
-
-
-def derived_seed(*numbers: int) -> int:
-    """A seed that depends on these numbers alone."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def announce(
@@ -501,13 +451,3 @@ def announce(
         f"{doing} to step {total}: {what}, batches of {size}, {accelerator.num_processes} process(es) on "
         f"{accelerator.device}, into {folder}"
     )
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Configuration as trackers take it: one level, plain values."""
-    groups = {group: values for group, values in config.items() if isinstance(values, dict)}
-    return {"preset": config["preset"]} | {
-        f"{group}.{name}": value if isinstance(value, int | float | str | bool) else str(value)
-        for group, values in groups.items()
-        for name, value in values.items()
-    }

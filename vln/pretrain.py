@@ -8,28 +8,22 @@ processes there are.
 
 from __future__ import annotations
 
-import gc
-import importlib.util
-import math
-import sys
 import time
-import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import LoggerType, ProjectConfiguration, set_seed, tqdm
+from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from fq.run import RunFolder, Steps, load_config
+from fq.command import flat_settings, from_dict, make_accelerator, parse_preset, run_command
+from fq.loop import derived_seed, due, prepare, require_finite, summed_last
+from fq.run import RunFolder, Steps
 from vln.checkpoints import (
     WEIGHTS,
     from_released,
@@ -38,7 +32,7 @@ from vln.checkpoints import (
     save_released,
 )
 from vln.model import PretrainingOutput, PrevalentConfig, PrevalentPretraining
-from vln.pretrain_config import MAY_CHANGE, PRESETS, OptimConfig, Pretraining, SizesConfig, from_dict
+from vln.pretrain_config import MAY_CHANGE, PRESETS, OptimConfig, Pretraining, SizesConfig
 from vln.pretrain_data import Batch, Opened, PretrainingData, Stream, open_data
 
 MODEL, RELEASED, TOKENIZER = "model", "released", "tokenizer"
@@ -66,15 +60,18 @@ def train(config: Pretraining) -> Path:
         FloatingPointError: a loss is not finite; the last checkpoint is from before.
     """
     options, optim = config.run, config.optim
-    accelerator = make_accelerator(config)
+    transformers_logging.disable_progress_bar()  # one file of weights is no news
+    accelerator = make_accelerator(
+        folder=config.folder, trackers=options.trackers, mixed_precision=options.mixed_precision
+    )
     opened = open_data(config.data)
     set_seed(options.seed)  # for weights made anew
     model = build_model(config.model, opened, num_words=len(opened.tokenizer))
     freeze_idle(model, optim)
 
     run = RunFolder.open(config.folder, asdict(config), accelerator, seed=options.seed, may_change=MAY_CHANGE)
-    accelerator.init_trackers("fq-gan", config=_flat(asdict(config)))
-    net, optimiser = _prepare(accelerator, model, make_optimiser(model, optim))
+    accelerator.init_trackers("fq-gan", config=flat_settings(asdict(config)))
+    net, optimiser = prepare(accelerator, model.train(), make_optimiser(model, optim))
     done = accelerator.prepare_model(Steps(), evaluation_mode=True)
     first = run.resume() or 0
     if accelerator.is_main_process:
@@ -95,8 +92,9 @@ def train(config: Pretraining) -> Path:
         counts = source.counts(shares)
         terms = torch.zeros(_NUM_TERMS, device=accelerator.device, dtype=torch.float64)
         for micro, share in enumerate(shares):
-            torch.manual_seed(_derived(options.seed, step, micro, accelerator.process_index))  # dropout
-            with _summed_last(accelerator, net, micro, optim.accumulation):
+            numbers = (options.seed, step, micro, accelerator.process_index)
+            torch.manual_seed(derived_seed(*numbers, bits=63))  # dropout
+            with summed_last(accelerator, net, micro, optim.accumulation):
                 output = source.forward(net, share)
                 # Each word and each action counts the same, whatever process or micro-batch it is in.
                 loss = output.mlm_sum / counts[0] + output.action_sum / counts[1]
@@ -109,9 +107,9 @@ def train(config: Pretraining) -> Path:
         now, last = step + 1, options.steps
         terms = _finite(accelerator.reduce(terms, "sum").cpu(), norm, now, run)
         window += torch.cat([terms, torch.ones(1, dtype=torch.float64)])
-        saving = _due(now, options.checkpoint_every, last)
+        saving = due(now, options.checkpoint_every, last)
         # Also at checkpoints: a window that spans one would be cut short in a resumed run.
-        if saving or _due(now, options.log_every, last):
+        if saving or due(now, options.log_every, last):
             seconds = (time.perf_counter() - started) / float(window[-1])
             figures = summary(window[:-1], optim) | {"lr": rate, "grad_norm": float(norm)}
             run.log(now, figures | {"seconds_per_step": seconds, "triplets_per_second": size / seconds})
@@ -119,7 +117,7 @@ def train(config: Pretraining) -> Path:
                                   if name in figures})  # fmt: skip
             window, started = torch.zeros_like(window), time.perf_counter()
         paused = time.perf_counter()
-        if _due(now, options.eval_every, last):
+        if due(now, options.eval_every, last):
             for split, data in opened.val.items():
                 run.log(now, evaluate(net, data, source, optim, options.eval_triplets), prefix=split)
         if saving:
@@ -227,34 +225,6 @@ def summary(terms: Tensor, optim: OptimConfig) -> dict[str, float]:
 # ---- what a run starts from
 
 
-def make_accelerator(config: Pretraining) -> Accelerator:
-    """The processes of a run, with its trackers.
-
-    Raises:
-        ValueError: a tracker is unknown.
-        ImportError: a tracker is not installed.
-    """
-    transformers_logging.disable_progress_bar()  # one file of weights is no news
-    known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
-    for name in config.run.trackers:
-        if name not in known:
-            raise ValueError(f"tracker {name!r} is unknown: accelerate knows {', '.join(known)}")
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(
-                f"tracker {name!r} is not installed: pip install {name}, or leave it out of --trackers"
-            )
-    return Accelerator(
-        mixed_precision=config.run.mixed_precision,
-        log_with=list(config.run.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=str(Path(config.folder) / "trackers")),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
-        ],
-        step_scheduler_with_optimizer=False,
-    )
-
-
 def build_model(sizes: SizesConfig, opened: Opened, *, num_words: int) -> PrevalentPretraining:
     """The model to train, with the weights it starts from.
 
@@ -338,38 +308,13 @@ def learning_rate(optim: OptimConfig, step: int, schedule_steps: int) -> float:
     return optim.lr * max(0.0, (schedule_steps - step) / left)
 
 
-def _prepare(accelerator: Accelerator, model: nn.Module, optimiser: Any) -> tuple[Any, Any]:
-    with warnings.catch_warnings():
-        # Newer PyTorch renames what accelerate's DistributedDataParallelKwargs still calls broadcast_buffers.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        prepared = accelerator.prepare(model.train(), optimiser)
-    return prepared[0], prepared[1]
-
-
-def _derived(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _summed_last(
-    accelerator: Accelerator, net: nn.Module, micro: int, accumulation: int
-) -> AbstractContextManager[Any]:
-    """Gradients are summed over processes once, in the last micro-batch."""
-    return nullcontext() if micro == accumulation - 1 else accelerator.no_sync(net)
-
-
 def _finite(terms: Tensor, norm: Any, step: int, run: RunFolder) -> Tensor:
     named = dict(zip(PretrainingOutput._fields, terms.tolist(), strict=True)) | {"grad_norm": float(norm)}
-    for name, value in named.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} at step {step}: stopped; the last good checkpoint is in "
-                f"{run.checkpoints}. Lower the learning rate, or look for broken features"
-            )
+    require_finite(
+        named, step=step, checkpoints=run.checkpoints,
+        advice="Lower the learning rate, or look for broken features",
+    )  # fmt: skip
     return terms
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
 
 
 def _announce(
@@ -391,16 +336,6 @@ def _announce(
     )
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Configuration as trackers take it: one level, plain values."""
-    groups = {group: values for group, values in config.items() if isinstance(values, dict)}
-    return {"preset": config["preset"]} | {
-        f"{group}.{name}": value if isinstance(value, int | float | str | bool) else str(value)
-        for group, values in groups.items()
-        for name, value in values.items()
-    }
-
-
 # ---- command line
 
 
@@ -413,15 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: something is wrong with what was given, or the run was interrupted; the text says what.
     """
-    try:
-        train(parse(list(sys.argv[1:] if arguments is None else arguments)))
-        # The wrapped model holds the process group, whose threads must end before Python itself does.
-        gc.collect()
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_command(train, parse, arguments)
 
 
 def parse(arguments: list[str]) -> Pretraining:
@@ -436,27 +363,11 @@ def parse(arguments: list[str]) -> Pretraining:
     Raises:
         ValueError: the stored configuration, or a value, is not valid.
     """
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    command, first = "python -m vln.pretrain", arguments[0] if arguments else ""
-    if first in PRESETS:  # on its own, its errors and suggestions speak of this preset alone
-        about, preset = PRESETS[first]
-        return tyro.cli(Pretraining, default=preset, args=arguments[1:], config=flat, description=about,
-                        prog=f"{command} {first}")  # fmt: skip
-    if first.startswith("--config"):
-        source, *rest = [*first.split("=", 1)[1:], *arguments[1:]] or [""]
-        if first.split("=")[0] != "--config" or not source:
-            raise ValueError("--config needs a run folder or a config.json after it")
-        about, stored = f"The run of {source}, with changes.", from_dict(Pretraining, load_config(source))
-        return tyro.cli(Pretraining, default=stored, args=rest, config=flat, description=about,
-                        prog=f"{command} --config {source}")  # fmt: skip
-    about = (
-        "Pre-train Prevalent on image-text-action triplets. Every option of a preset can be changed: see "
-        f"`{command} houses --help`. `{command} --config RUN [options]` takes the stored configuration of a "
-        "run instead of a preset. A run that was stopped is resumed by the same command."
-    )
-    return tyro.extras.overridable_config_cli(
-        PRESETS, args=arguments, config=flat, description=about, prog=command
-    )
+    return parse_preset(
+        arguments, PRESETS, command="python -m vln.pretrain",
+        about="Pre-train Prevalent on image-text-action triplets.",
+        stored=lambda values: from_dict(Pretraining, values),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
+from vln.bounds import at_least
 from vln.model import ActionTarget, Orientation
-
-T = TypeVar("T")
-
-
-def _at_least(config: Any, least: float, *names: str) -> None:
-    for name in names:
-        if not least <= getattr(config, name) < math.inf:  # nor NaN, which passes a plain <
-            raise ValueError(f"{name} is {getattr(config, name)}: give at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +43,7 @@ class TripletsConfig:
     def __post_init__(self) -> None:
         if not (self.splits or self.extra or self.released):
             raise ValueError("splits, extra and released are all empty: there is nothing to learn from")
-        _at_least(self, 3, "max_tokens")
+        at_least(self, 3, "max_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +84,8 @@ class SizesConfig:
     """Standard deviation of new weights; BERT's by default, a narrow model wants more."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "hidden_size", "num_attention_heads", "intermediate_size", "num_cross_layers")
-        _at_least(self, 0, "num_text_layers", "feature_scale", "initializer_range")
+        at_least(self, 1, "hidden_size", "num_attention_heads", "intermediate_size", "num_cross_layers")
+        at_least(self, 0, "num_text_layers", "feature_scale", "initializer_range")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: give a share from 0 to below 1")
         if (
@@ -139,8 +130,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not (self.mlm or self.action):
             raise ValueError("neither --mlm nor --action is on: there is nothing to predict")
-        _at_least(self, 1, "batch_size", "accumulation")
-        _at_least(self, 0, "lr", "warmup_steps", "schedule_steps", "weight_decay")
+        at_least(self, 1, "batch_size", "accumulation")
+        at_least(self, 0, "lr", "warmup_steps", "schedule_steps", "weight_decay")
         if not 0 < self.mask_share <= 1 or not 0 < self.max_grad_norm:
             raise ValueError(
                 f"mask_share is {self.mask_share} and max_grad_norm {self.max_grad_norm}: give a share above "
@@ -180,8 +171,8 @@ class RunConfig:
     """bf16 runs the model under autocast; losses stay float32."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed", "eval_every", "checkpoint_every")
-        _at_least(self, 1, "steps", "log_every", "keep_checkpoints", "eval_triplets")
+        at_least(self, 0, "seed", "eval_every", "checkpoint_every")
+        at_least(self, 1, "steps", "log_every", "keep_checkpoints", "eval_triplets")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}: give a number below 2**32, as NumPy wants it")
 
@@ -263,33 +254,3 @@ PRESETS: dict[str, tuple[str, Pretraining]] = {
     "houses": ("A small model on the embedded houses, for two CPU cores.", HOUSES),
     "paper": ("The published sizes: 9 + 4 layers, 156.7 M parameters, R2R and a speaker's triplets.", PAPER),
 }
-
-
-def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Rebuild a configuration from what ``dataclasses.asdict`` and JSON made of it.
-
-    Args:
-        kind: the dataclass.
-        values: nested mapping with every field; lists stand for tuples.
-
-    Returns:
-        The configuration, checked as ever.
-
-    Raises:
-        ValueError: a key is unknown or missing, or a value is out of range.
-    """
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    unknown, missing = sorted(set(values) - set(names)), sorted(set(names) - set(values))
-    if unknown or missing:
-        raise ValueError(
-            f"configuration of {kind.__name__} has unknown keys {unknown} and lacks {missing}: it was "
-            "written by another version; start from a preset instead"
-        )
-    hints = get_type_hints(kind)
-    built = {}
-    for name, value in values.items():
-        nested = hints[name]
-        if is_dataclass(nested):
-            value = from_dict(nested, value)  # type: ignore[arg-type]
-        built[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**built)

@@ -7,27 +7,21 @@ killed and resumed repeats the losses of one that was not, bit for bit.
 
 from __future__ import annotations
 
-import gc
-import importlib.util
 import math
-import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import LoggerType, ProjectConfiguration, set_seed, tqdm
+from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
 from torch import nn
 
-from fq.run import RunFolder, Steps, load_config, write_atomically
-from vln.pretrain_config import from_dict
+from fq.command import flat_settings, from_dict, make_accelerator, parse_preset, run_command
+from fq.loop import derived_seed, due, prepare, require_finite
+from fq.run import RunFolder, Steps, write_atomically
 from vln.pretrain_data import Stream
 from vln.speaker_config import MAY_CHANGE, PRESETS, SizesConfig, SpeakerTraining
 from vln.speaker_data import Opened, SpeakerBatch, SpeakerData, open_data
@@ -55,14 +49,15 @@ def train(config: SpeakerTraining) -> Path:
     options, optim = config.run, config.optim
     if options.sacrebleu:
         require_sacrebleu()
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(folder=config.folder, trackers=options.trackers)
     set_seed(options.seed)  # for weights made anew
     trained, opened = build(config)
     speaker = trained.speaker
 
     run = RunFolder.open(config.folder, asdict(config), accelerator, seed=options.seed, may_change=MAY_CHANGE)
-    accelerator.init_trackers("fq-gan", config=_flat(asdict(config)))
-    net, optimiser = _prepare(accelerator, speaker, torch.optim.Adam(speaker.parameters(), lr=optim.lr))
+    accelerator.init_trackers("fq-gan", config=flat_settings(asdict(config)))
+    optimiser = torch.optim.Adam(speaker.parameters(), lr=optim.lr)
+    net, optimiser = prepare(accelerator, speaker.train(), optimiser)
     done = accelerator.prepare_model(Steps(), evaluation_mode=True)
     first = run.resume() or 0
     stream = Stream(len(opened.train), options.seed)
@@ -76,7 +71,7 @@ def train(config: SpeakerTraining) -> Path:
         optimiser.zero_grad(set_to_none=True)
         rows = stream.rows(step * optim.batch_size, optim.batch_size)
         batch = _share(opened.train, rows, trained, accelerator).to(accelerator.device)
-        torch.manual_seed(_derived(options.seed, step, accelerator.process_index))  # dropout
+        torch.manual_seed(derived_seed(options.seed, step, accelerator.process_index, bits=63))  # dropout
         losses, counts = net(*batch)
         # Each word counts the same, whatever process it is in.
         count = accelerator.reduce(counts.sum(), "sum").clamp(min=1)
@@ -88,11 +83,14 @@ def train(config: SpeakerTraining) -> Path:
 
         now, last = step + 1, options.steps
         figures = [float(accelerator.reduce(loss.detach().double(), "sum")), float(norm)]
-        _require_finite(figures, now, run)
+        require_finite(
+            dict(zip(("loss", "grad_norm"), figures, strict=True)), step=now, checkpoints=run.checkpoints,
+            advice="Lower the learning rate, or look for broken features",
+        )  # fmt: skip
         window += torch.tensor([*figures, 1.0], dtype=torch.float64)
-        saving = _due(now, options.checkpoint_every, last)
+        saving = due(now, options.checkpoint_every, last)
         # Also at checkpoints: a window that spans one would be cut short in a resumed run.
-        if saving or _due(now, options.log_every, last):
+        if saving or due(now, options.log_every, last):
             loss_mean, norm_mean, passed = window.tolist()
             seconds = (time.perf_counter() - started) / passed
             run.log(now, {"loss": loss_mean / passed, "grad_norm": norm_mean / passed,
@@ -101,7 +99,7 @@ def train(config: SpeakerTraining) -> Path:
             progress.set_postfix(loss=f"{loss_mean / passed:.3f}")
             window, started = torch.zeros_like(window), time.perf_counter()
         paused = time.perf_counter()
-        if _due(now, options.eval_every, last):
+        if due(now, options.eval_every, last):
             _report(config, accelerator, run, trained, opened, now)
         if saving:
             run.save(now, keep=options.keep_checkpoints)
@@ -235,60 +233,6 @@ def _with_step(trained: TrainedSpeaker, step: int) -> TrainedSpeaker:
     )
 
 
-# ---- what a run starts from
-
-
-def make_accelerator(config: SpeakerTraining) -> Accelerator:
-    """The processes of a run, with its trackers.
-
-    Raises:
-        ValueError: a tracker is unknown.
-        ImportError: a tracker is not installed.
-    """
-    known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
-    for name in config.run.trackers:
-        if name not in known:
-            raise ValueError(f"tracker {name!r} is unknown: accelerate knows {', '.join(known)}")
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(
-                f"tracker {name!r} is not installed: pip install {name}, or leave it out of --trackers"
-            )
-    return Accelerator(
-        log_with=list(config.run.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=str(Path(config.folder) / "trackers")),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
-        ],
-        step_scheduler_with_optimizer=False,
-    )
-
-
-def _prepare(accelerator: Accelerator, speaker: nn.Module, optimiser: Any) -> tuple[Any, Any]:
-    with warnings.catch_warnings():
-        # Newer PyTorch renames what accelerate's DistributedDataParallelKwargs still calls broadcast_buffers.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        prepared = accelerator.prepare(speaker.train(), optimiser)
-    return prepared[0], prepared[1]
-
-
-def _derived(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _require_finite(figures: Sequence[float], step: int, run: RunFolder) -> None:
-    for name, value in zip(("loss", "grad_norm"), figures, strict=True):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} at step {step}: stopped; the last good checkpoint is in "
-                f"{run.checkpoints}. Lower the learning rate, or look for broken features"
-            )
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
-
-
 def _announce(
     config: SpeakerTraining, accelerator: Accelerator, folder: Path, first: int, opened: Opened,
     speaker: nn.Module,
@@ -307,16 +251,6 @@ def _announce(
     )
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Configuration as trackers take it: one level, plain values."""
-    groups = {group: values for group, values in config.items() if isinstance(values, dict)}
-    return {"preset": config["preset"]} | {
-        f"{group}.{name}": value if isinstance(value, int | float | str | bool) else str(value)
-        for group, values in groups.items()
-        for name, value in values.items()
-    }
-
-
 # ---- command line
 
 
@@ -329,15 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: something is wrong with what was given, or the run was interrupted; the text says what.
     """
-    try:
-        train(parse(list(sys.argv[1:] if arguments is None else arguments)))
-        # The wrapped model holds the process group, whose threads must end before Python itself does.
-        gc.collect()
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_command(train, parse, arguments)
 
 
 def parse(arguments: list[str]) -> SpeakerTraining:
@@ -352,27 +278,11 @@ def parse(arguments: list[str]) -> SpeakerTraining:
     Raises:
         ValueError: the stored configuration, or a value, is not valid.
     """
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    command, first = "python -m vln.speaker", arguments[0] if arguments else ""
-    if first in PRESETS:  # on its own, its errors and suggestions speak of this preset alone
-        about, preset = PRESETS[first]
-        return tyro.cli(SpeakerTraining, default=preset, args=arguments[1:], config=flat, description=about,
-                        prog=f"{command} {first}")  # fmt: skip
-    if first.startswith("--config"):
-        source, *rest = [*first.split("=", 1)[1:], *arguments[1:]] or [""]
-        if first.split("=")[0] != "--config" or not source:
-            raise ValueError("--config needs a run folder or a config.json after it")
-        about, stored = f"The run of {source}, with changes.", from_dict(SpeakerTraining, load_config(source))
-        return tyro.cli(SpeakerTraining, default=stored, args=rest, config=flat, description=about,
-                        prog=f"{command} --config {source}")  # fmt: skip
-    about = (
-        "Train a speaker, which puts paths into words. Every option of a preset can be changed: see "
-        f"`{command} houses --help`. `{command} --config RUN [options]` takes the stored configuration of a "
-        "run instead of a preset. A run that was stopped is resumed by the same command."
-    )
-    return tyro.extras.overridable_config_cli(
-        PRESETS, args=arguments, config=flat, description=about, prog=command
-    )
+    return parse_preset(
+        arguments, PRESETS, command="python -m vln.speaker",
+        about="Train a speaker, which puts paths into words.",
+        stored=lambda values: from_dict(SpeakerTraining, values),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

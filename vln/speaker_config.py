@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import tyro
 
+from vln.bounds import at_least
 from vln.model import Orientation
-
-
-def _at_least(config: Any, least: float, *names: str) -> None:
-    for name in names:
-        if not least <= getattr(config, name) < math.inf:  # nor NaN, which passes a plain <
-            raise ValueError(f"{name} is {getattr(config, name)}: give at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +40,7 @@ class PathsConfig:
     def __post_init__(self) -> None:
         if not self.splits:
             raise ValueError("splits is empty: there is nothing to learn from")
-        _at_least(self, 1, "min_count", "max_words")
+        at_least(self, 1, "min_count", "max_words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +71,8 @@ class SizesConfig:
     """Of the image features."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 2, "hidden_size")
-        _at_least(self, 1, "word_size")
+        at_least(self, 2, "hidden_size")
+        at_least(self, 1, "word_size")
         if self.hidden_size % 2 or self.angle_size < 4 or self.angle_size % 4:
             raise ValueError(
                 f"hidden_size is {self.hidden_size} and angle_size {self.angle_size}: give an even number, "
@@ -106,8 +99,8 @@ class OptimConfig:
     """Gradients are clipped to this norm."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 0, "lr")
+        at_least(self, 1, "batch_size")
+        at_least(self, 0, "lr")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}: give a norm above 0")
 
@@ -149,8 +142,8 @@ class RunConfig:
     """Experiment trackers beside metrics.jsonl: tensorboard, wandb, mlflow, … as accelerate knows them."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed", "eval_every", "eval_paths", "samples", "checkpoint_every")
-        _at_least(self, 1, "steps", "log_every", "eval_words", "keep_checkpoints")
+        at_least(self, 0, "seed", "eval_every", "eval_paths", "samples", "checkpoint_every")
+        at_least(self, 1, "steps", "log_every", "eval_words", "keep_checkpoints")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}: give a number below 2**32, as NumPy wants it")
 

@@ -8,28 +8,25 @@ for bit, and what is drawn does not depend on how many processes there are.
 
 from __future__ import annotations
 
-import gc
 import json
-import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
-from fq.run import RunFolder, Steps, load_config, write_atomically
+from fq.command import flat_settings, from_dict, make_accelerator, parse_preset, run_command
+from fq.loop import derived_seed, due, require_finite
+from fq.run import RunFolder, Steps, write_atomically
 from vln.agent_folder import BEST, TOKENIZER, save_agent
 from vln.maps import draw_episode
 from vln.plans import read_plans
-from vln.pretrain_config import from_dict
 from vln.render import episodes_of
 from vln.submission import write_submission
 from vln.train_config import MAY_CHANGE, PRESETS, Training
@@ -38,9 +35,9 @@ from vln.train_setup import (
     Best,
     build_agent,
     clip_gradients,
-    make_accelerator,
     make_optimiser,
     open_data,
+    refuse_idle_processes,
     set_stage,
 )
 from vln.train_walk import Scored, WalkTask
@@ -67,7 +64,11 @@ def train(config: Training) -> Path:
         FloatingPointError: a loss is not finite; the last checkpoint is from before.
     """
     options, learn = config.run, config.learn
-    accelerator = make_accelerator(config)
+    transformers_logging.disable_progress_bar()  # one file of weights is no news
+    accelerator = make_accelerator(
+        folder=config.folder, trackers=options.trackers, mixed_precision=options.mixed_precision
+    )
+    refuse_idle_processes(accelerator, learn.batch_size)
     is_hanna = config.items.task == "hanna"
     opened: Any = open_hanna(config.items) if is_hanna else open_data(config.items)
     set_seed(options.seed)  # for weights made anew
@@ -79,7 +80,7 @@ def train(config: Training) -> Path:
     _check_selection(config, task)
 
     run = RunFolder.open(config.folder, asdict(config), accelerator, seed=options.seed, may_change=MAY_CHANGE)
-    accelerator.init_trackers("fq-gan", config=_flat(asdict(config)))
+    accelerator.init_trackers("fq-gan", config=flat_settings(asdict(config)))
     optimiser = make_optimiser(agent, learn)
     # Not wrapped for data parallelism: a step has several walks and passes, whose gradients are summed once.
     agent = accelerator.prepare_model(agent, evaluation_mode=True)
@@ -103,7 +104,7 @@ def train(config: Training) -> Path:
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.zero_grad(set_to_none=True)
-        torch.manual_seed(_derived(options.seed, step, accelerator.process_index))  # dropout
+        torch.manual_seed(derived_seed(options.seed, step, accelerator.process_index, bits=63))  # dropout
         figures: Figures = {}
         for lesson in task.lessons(agent, step):
             counts = accelerator.reduce(lesson.counts, "sum").clamp(min=1)
@@ -122,9 +123,9 @@ def train(config: Training) -> Path:
         _require_finite(figures, norm, now, run)
         _add(window, {name: (float(pair[0]), float(pair[1])) for name, pair in figures.items()})
         steps_in_window += 1
-        saving = _due(now, options.checkpoint_every, last)
+        saving = due(now, options.checkpoint_every, last)
         # Also at checkpoints: a window that spans one would be cut short in a resumed run.
-        if saving or _due(now, options.log_every, last):
+        if saving or due(now, options.log_every, last):
             seconds = (time.perf_counter() - started) / steps_in_window
             means = {name: float(pair[0] / pair[1]) for name, pair in window.items() if pair[1]}
             more = {"lr": rate, "grad_norm": float(norm), "seconds_per_step": seconds}
@@ -132,7 +133,7 @@ def train(config: Training) -> Path:
             progress.set_postfix(loss=f"{means['loss']:.3f}")
             window, steps_in_window, started = {}, 0, time.perf_counter()
         paused = time.perf_counter()
-        if _due(now, options.eval_every, last):
+        if due(now, options.eval_every, last):
             _evaluate(config, accelerator, run, task, agent, best, now, opened, is_last=now == last)
         if saving:
             run.save(now, keep=options.keep_checkpoints)
@@ -224,22 +225,12 @@ def _over_processes(figures: Figures, accelerator: Accelerator) -> Figures:
     return dict(zip(figures, summed.unbind(), strict=True))
 
 
-def _derived(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 def _require_finite(figures: Figures, norm: Any, step: int, run: RunFolder) -> None:
     named = {name: float(pair[0]) for name, pair in figures.items()} | {"grad_norm": float(norm)}
-    for name, value in named.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} at step {step}: stopped; the last good checkpoint is in "
-                f"{run.checkpoints}. Lower the learning rate, or look for broken features"
-            )
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
+    require_finite(
+        named, step=step, checkpoints=run.checkpoints,
+        advice="Lower the learning rate, or look for broken features",
+    )  # fmt: skip
 
 
 def _check_selection(config: Training, task: Task) -> None:
@@ -273,16 +264,6 @@ def _announce(
     )
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Configuration as trackers take it: one level, plain values."""
-    groups = {group: values for group, values in config.items() if isinstance(values, dict)}
-    return {"preset": config["preset"]} | {
-        f"{group}.{name}": value if isinstance(value, int | float | str | bool) else str(value)
-        for group, values in groups.items()
-        for name, value in values.items()
-    }
-
-
 # ---- command line
 
 
@@ -295,14 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: something is wrong with what was given, or the run was interrupted; the text says what.
     """
-    try:
-        train(parse(list(sys.argv[1:] if arguments is None else arguments)))
-        gc.collect()  # the process group's threads must end before Python itself does
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_command(train, parse, arguments)
 
 
 def parse(arguments: list[str]) -> Training:
@@ -319,30 +293,13 @@ def parse(arguments: list[str]) -> Training:
     Raises:
         ValueError: the stored configuration, or a value, is not valid.
     """
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    command, first = "python -m vln.train", arguments[0] if arguments else ""
-    variant = f"{first}-{_option(arguments, '--task')}"
+    variant = f"{arguments[0] if arguments else ''}-{_option(arguments, '--task')}"
     if variant in PRESETS:
-        first = variant
-    if first in PRESETS:  # on its own, its errors and suggestions speak of this preset alone
-        about, preset = PRESETS[first]
-        return tyro.cli(Training, default=preset, args=arguments[1:], config=flat, description=about,
-                        prog=f"{command} {first}")  # fmt: skip
-    if first.startswith("--config"):
-        source, *rest = [*first.split("=", 1)[1:], *arguments[1:]] or [""]
-        if first.split("=")[0] != "--config" or not source:
-            raise ValueError("--config needs a run folder or a config.json after it")
-        about, stored = f"The run of {source}, with changes.", from_dict(Training, load_config(source))
-        return tyro.cli(Training, default=stored, args=rest, config=flat, description=about,
-                        prog=f"{command} --config {source}")  # fmt: skip
-    about = (
-        "Train an agent for R2R, NDH or HANNA. Every option of a preset can be changed: see "
-        f"`{command} houses --help`. `{command} --config RUN [options]` takes the stored configuration of a "
-        "run instead of a preset. A run that was stopped is resumed by the same command."
-    )
-    return tyro.extras.overridable_config_cli(
-        PRESETS, args=arguments, config=flat, description=about, prog=command
-    )
+        arguments = [variant, *arguments[1:]]
+    return parse_preset(
+        arguments, PRESETS, command="python -m vln.train", about="Train an agent for R2R, NDH or HANNA.",
+        stored=lambda values: from_dict(Training, values),
+    )  # fmt: skip
 
 
 def _option(arguments: Sequence[str], name: str) -> str:

@@ -8,9 +8,9 @@ from typing import Literal
 import tyro
 
 from vln.agent_data import Follow, PathType, Reading
+from vln.bounds import at_least
 from vln.instructions import History
 from vln.model import Orientation
-from vln.pretrain_config import _at_least as at_least
 from vln.rewards import Normalize
 
 Task = Literal["r2r", "ndh", "hanna"]

@@ -1,19 +1,15 @@
-"""What a training of an agent starts from: processes, data, the agent, its optimiser."""
+"""What a training of an agent starts from: data, the agent, its optimiser."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import LoggerType, ProjectConfiguration
+from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from vln.agent import freeze
 from vln.agent_data import Split, make_split, pick_pairs, read_items
@@ -69,35 +65,17 @@ class Best(nn.Module):
         return True
 
 
-def make_accelerator(config: Training) -> Accelerator:
-    """The processes of a run, with its trackers.
+def refuse_idle_processes(accelerator: Accelerator, batch_size: int) -> None:
+    """Raise if a process would have no episode in a step.
 
     Raises:
-        ValueError: a tracker is unknown, or there are more processes than episodes in a step.
-        ImportError: a tracker is not installed.
+        ValueError: there are more processes than episodes.
     """
-    transformers_logging.disable_progress_bar()
-    known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
-    for name in config.run.trackers:
-        if name not in known:
-            raise ValueError(f"tracker {name!r} is unknown: accelerate knows {', '.join(known)}")
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(
-                f"tracker {name!r} is not installed: pip install {name}, or leave it out of --trackers"
-            )
-    accelerator = Accelerator(
-        mixed_precision=config.run.mixed_precision,
-        log_with=list(config.run.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=str(Path(config.folder) / "trackers")),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-        step_scheduler_with_optimizer=False,
-    )
-    if accelerator.num_processes > config.learn.batch_size:
+    if accelerator.num_processes > batch_size:
         raise ValueError(
-            f"batch_size is {config.learn.batch_size} for {accelerator.num_processes} processes: give at "
-            "least one episode to each"
+            f"batch_size is {batch_size} for {accelerator.num_processes} processes: give at least one "
+            "episode to each"
         )
-    return accelerator
 
 
 def open_data(config: ItemsConfig) -> Opened:
