@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "houses --features random:6 --hidden-size 16 --num-attention-heads 2 --intermediate-size 24"
     " --angle-size 4 --num-text-layers 1 --num-cross-layers 2 --max-position-embeddings 32 --max-tokens 12"
-    " --batch-size 16 --warmup-steps 2 --lr 3e-3 --eval-triplets 16 --log-every 1"
+    " --batch-size 16 --warmup-steps 2 --lr 3e-3 --eval-triplets 16 --log-every 1 --dropout 0.1"
+    " --feature-scale 1 --initializer-range 0.02 --action-target candidate_rank"
 ).split()
 
 

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "houses --features random:6 --hidden-size 16 --num-attention-heads 2 --intermediate-size 24"
     " --angle-size 4 --num-text-layers 1 --num-cross-layers 2 --max-position-embeddings 32 --max-tokens 12"
+    " --trunk-dropout 0.1 --feature-scale 1 --initializer-range 0.02"
     " --encoder-hidden 8 --decoder-hidden 12 --action-embedding 4 --batch-size 6 --max-steps 6"
     " --eval-max-steps 6 --val-splits val_seen --select val_seen/spl --log-every 1 --maps 0"
 ).split()
