@@ -1,4 +1,4 @@
-"""Checkpoints as files both ways: to the bit, whole or not at all, and what the other commands do with them."""
+"""Checkpoints as files both ways: to the bit, whole or not at all, and taken by the other commands."""
 
 import json
 import pickle
@@ -167,7 +167,7 @@ def test_a_converted_agent_walks_and_is_trained_further(data, tmp_path, capsys, 
     evaluate.main([*given, "--tokenizer", "tokenizer", "--max-steps", "5"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("r2r val_seen") and lines[1].endswith(": 8 items, nothing to refuse")
-    with pytest.raises(SystemExit, match="no tokeniser: looked for .*nowhere"):
+    with pytest.raises(SystemExit, match=r"no tokeniser: looked for .*nowhere"):
         evaluate.main([*given, "--tokenizer", "nowhere"])
     options = "--features random:6 --steps 1 --batch-size 2 --max-steps 4 --eval-max-steps 4 --maps 0 --lr 0"
     options += " --tune none --val-splits val_seen --select val_seen/spl"
@@ -182,7 +182,7 @@ def test_a_converted_agent_walks_and_is_trained_further(data, tmp_path, capsys, 
 def test_agents_that_the_released_code_cannot_run_are_not_exported(tmp_path):
     for number, (changes, message) in enumerate([
         ({"orientation": "blocks"}, "reads orientation in blocks, the released code interleaved"),
-        ({"orientation": "interleaved", "feature_scale": 10.0}, "reads features times 10, which the released"),
+        ({"orientation": "interleaved", "feature_scale": 10.0}, "reads features times 10, which the"),
     ]):  # fmt: skip
         folder = tmp_path / str(number)
         save_agent(folder, tiny_follower(**changes), task="r2r", reading=Reading())

@@ -2,7 +2,7 @@
 
 ``features`` writes a store (``vln.features``) from a TSV or HDF5 file, ``r4r`` builds R4R from R2R, ``check``
 holds a file of items against the graphs. ``pretrained``, ``agent`` and ``speaker`` turn released checkpoints
-into folders that the other commands take, and with ``--released`` back. Checkpoints that need pickled code are
+into folders that the other commands take, and with ``--released`` back; those that need pickled code are
 refused.
 """
 
@@ -163,8 +163,8 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if self.num_attention_heads < 1 or self.max_tokens < 3:
             raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads} and max_tokens {self.max_tokens}: give at "
-                "least 1 and at least 3"
+                f"num_attention_heads is {self.num_attention_heads} and max_tokens {self.max_tokens}: give "
+                "at least 1 and at least 3"
             )
 
     def run(self) -> str:

@@ -1,7 +1,7 @@
 """Released checkpoints to folders of ours and back, as files: what ``vln.convert`` does with them.
 
-Weights that a released file holds but nothing uses are kept beside ours, so that the way back gives the file's
-tensors again, all of them and to the bit.
+Weights that a released file holds but nothing uses are kept beside ours, so that the way back gives all
+tensors of the file again, to the bit.
 """
 
 from __future__ import annotations

@@ -1,0 +1,109 @@
+"""Settings of the evaluation. The docstrings of the fields are the help text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkConfig:
+    """How an agent walks; for runs alone.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    features: str = "features"
+    """Store of view features, a folder there or below data; random:WIDTH gives each view a fixed random
+    vector."""
+    tokenizer: str = ""
+    """Tokeniser, a folder there or below data; that of the run when empty."""
+    batch_size: int = 100
+    """Episodes walked together; the scores do not depend on it."""
+    max_steps: int = 0
+    """Longest walk; 0 takes 35, and 40 for NDH, 50 for HANNA, as the originals do."""
+    avoid_loops: bool = False
+    """Take no viewpoint again (R2R, NDH)."""
+    turns: bool = False
+    """Write the poses between viewpoints too, as the originals do; they count in steps, nDTW and CLS."""
+    submission_out: str = ""
+    """Submission to write; RUN/SPLIT.json when empty, for search RUN/SPLIT.search.json."""
+    device: str = "cpu"
+    """Such as cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_steps < 0:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and max_steps {self.max_steps}: give at least 1 "
+                "and at least 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingConfig:
+    """More than a single greedy walk; for runs of R2R alone. Scores of greedy, search and pre-explored walks
+    must not be compared with each other.
+
+    Raises:
+        ValueError: a number is outside its range, or options do not go together.
+    """
+
+    search: int = 0
+    """Explore for each instruction until so many routes are finished, then walk the one that agent and
+    speaker like best; 40 as the originals. All of it counts as walked: SPL comes near 0. 0 walks greedily."""
+    max_expansions: int = 300
+    """Viewpoints looked at in one search."""
+    speaker: str = ""
+    """Run of vln.speaker, or its folder, for --search."""
+    speaker_weight: float | None = None
+    """Of the speaker beside the agent when routes are ranked, from 0 to 1; 0.5 by default."""
+
+    def __post_init__(self) -> None:
+        if self.search < 0 or self.max_expansions < 1:
+            raise ValueError(
+                f"search is {self.search} and max_expansions {self.max_expansions}: give at least 0 and at "
+                "least 1"
+            )
+        if self.speaker_weight is not None and not 0 <= self.speaker_weight <= 1:
+            raise ValueError(f"speaker_weight is {self.speaker_weight}: give a share from 0 to 1")
+        if self.speaker_weight is not None and not (self.search and self.speaker):
+            raise ValueError(
+                f"speaker_weight is {self.speaker_weight} but nothing is ranked by a speaker: give --search "
+                "and --speaker with it"
+            )
+        if self.speaker and not self.search:
+            raise ValueError(f"the speaker {self.speaker} has nothing to do in a greedy walk: give --search")
+
+    @property
+    def name(self) -> str:
+        """What scores must be named with."""
+        return "search" if self.search else "greedy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Check a submission for what a leaderboard would refuse, and score it if the split has goals."""
+
+    submission: Annotated[str, tyro.conf.Positional]
+    """JSON file, whose rows tell the task: R2R, NDH or HANNA; or a run of vln.train, whose best agent then
+    walks the split first."""
+    split: str = "val_unseen"
+    """Split of the items; with the R2R test split, which has no goals, the submission is checked alone."""
+    data: str = "data/vln"
+    """Folder with items and graphs, unpacked or in archives: r2r/, ndh/, hanna/, connectivity/."""
+    items: str = ""
+    """JSON file of the items instead."""
+    graphs: str = ""
+    """Folder or archive of the connectivity files instead."""
+    deduplicate: bool = False
+    """Leave consecutive repeats of a viewpoint out of nDTW, SDTW and CLS (R2R)."""
+    lenient: bool = False
+    """Score as the first evaluators do: ignore unknown ids, take the first of doubled ones, charge gaps as
+    walked."""
+    out: str = ""
+    """JSON to write; SUBMISSION.scores.json when empty."""
+    agent: tyro.conf.OmitArgPrefixes[WalkConfig] = field(default_factory=WalkConfig)
+    setting: tyro.conf.OmitArgPrefixes[SettingConfig] = field(default_factory=SettingConfig)
