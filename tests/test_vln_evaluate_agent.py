@@ -6,22 +6,13 @@ from collections import Counter
 import pytest
 import torch
 from tiny_agents import NDHFollower
-from tiny_vln import WORDS, tiny_model, write_folder
+from tiny_vln import write_folder
+from tiny_walkers import refused, run_walk, write_agent, write_speaker
 
-from vln import evaluate
-from vln.agent_data import Reading
-from vln.agent_folder import save_agent
 from vln.data import read_r2r
 from vln.evaluate_config import SettingConfig
 from vln.evaluate_provenance import provenance_file, setting_of
-from vln.follower import Follower, FollowerConfig
-from vln.model import Prevalent
-from vln.speaker_folder import TrainedSpeaker, save_speaker
-from vln.speaker_model import Speaker, SpeakerConfig
-from vln.speaker_words import Words
 from vln.submission import read_submission
-
-SIZES = FollowerConfig(encoder_hidden=6, decoder_hidden=10, action_embedding=4)
 
 
 @pytest.fixture(autouse=True)
@@ -37,38 +28,6 @@ def data(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data") / "world")
 
 
-def write_agent(folder, kind=Follower, task="r2r", num_instructions=1):
-    """An agent whose weights are large enough to walk about."""
-    agent = kind(tiny_model(Prevalent, vocab_size=5 + len(WORDS), feature_scale=2.0), SIZES)
-    with torch.no_grad():
-        for parameter in agent.decoder.parameters():
-            parameter.mul_(3)
-    save_agent(folder, agent, task=task, reading=Reading(12, num_instructions))
-    return folder
-
-
-def write_speaker(folder, width=6):
-    torch.manual_seed(2)
-    words = Words(("<PAD>", "<UNK>", "<EOS>", *WORDS, "<BOS>"))
-    sizes = SpeakerConfig(
-        vocab_size=len(words), view_size=width + 8, angle_size=8, hidden_size=8, word_size=6
-    )
-    save_speaker(TrainedSpeaker(Speaker(sizes), words, "interleaved"), folder)
-    return folder
-
-
-def run(capsys, data, agent, *options):
-    evaluate.main([str(agent), "--data", str(data), "--split", "val_seen", "--features", "random:6",
-                   "--tokenizer", "tokenizer", "--max-steps", "6", *map(str, options)])  # fmt: skip
-    return capsys.readouterr().out.splitlines()
-
-
-def refused(capsys, data, agent, *options):
-    with pytest.raises(SystemExit) as stop:
-        run(capsys, data, agent, *options)
-    return str(stop.value)
-
-
 def visits(path):
     return [
         Counter(pose.viewpoint_id for pose in row.trajectory) for row in read_submission(path).predictions
@@ -77,9 +36,9 @@ def visits(path):
 
 def test_search_walks_much_more_and_is_named(data, tmp_path, capsys):
     agent, speaker = write_agent(tmp_path / "agent"), write_speaker(tmp_path / "speaker")
-    greedy = run(capsys, data, agent)
+    greedy = run_walk(capsys, data, agent)
     assert greedy[1] == "r2r val_seen, greedy: 8 items, nothing to refuse"
-    searched = run(capsys, data, agent, "--search", 3, "--speaker", speaker)
+    searched = run_walk(capsys, data, agent, "--search", 3, "--speaker", speaker)
     assert searched[1] == "r2r val_seen, search: 8 items, nothing to refuse"
     assert searched[-2] == "setting search: not to be compared with scores of another setting"
     results = [
@@ -100,21 +59,21 @@ def test_speaker_weight_and_expansions_reach_the_search(data, tmp_path, capsys):
     agent, speaker = write_agent(tmp_path / "agent"), write_speaker(tmp_path / "speaker")
     ends = {}
     for weight in ("0", "1"):
-        run(capsys, data, agent, "--search", 6, "--speaker", speaker, "--speaker-weight", weight)
+        run_walk(capsys, data, agent, "--search", 6, "--speaker", speaker, "--speaker-weight", weight)
         rows = read_submission(agent / "val_seen.search.json").predictions
         ends[weight] = [row.trajectory[-1].viewpoint_id for row in rows]
-    run(capsys, data, agent, "--search", 6)
+    run_walk(capsys, data, agent, "--search", 6)
     rows = read_submission(agent / "val_seen.search.json").predictions
     assert [row.trajectory[-1].viewpoint_id for row in rows] == ends["0"] != ends["1"]
     whole = visits(agent / "val_seen.search.json")
-    run(capsys, data, agent, "--search", 6, "--max-expansions", 1)
+    run_walk(capsys, data, agent, "--search", 6, "--max-expansions", 1)
     few = visits(agent / "val_seen.search.json")
     assert all(sum(a.values()) < sum(b.values()) for a, b in zip(few, whole, strict=True))
 
 
 def test_instructions_that_are_read_together_are_searched_once(data, tmp_path, capsys):
     agent = write_agent(tmp_path / "agent", num_instructions=3)
-    run(capsys, data, agent, "--search", 2, "--speaker", write_speaker(tmp_path / "speaker"))
+    run_walk(capsys, data, agent, "--search", 2, "--speaker", write_speaker(tmp_path / "speaker"))
     rows = {
         row.item_id: row.trajectory for row in read_submission(agent / "val_seen.search.json").predictions
     }
@@ -125,16 +84,16 @@ def test_instructions_that_are_read_together_are_searched_once(data, tmp_path, c
 
 def test_a_setting_is_known_of_the_very_submission_alone(data, tmp_path, capsys):
     agent = write_agent(tmp_path / "agent")
-    run(capsys, data, agent, "--search", 2)
+    run_walk(capsys, data, agent, "--search", 2)
     submission = agent / "val_seen.search.json"
     assert setting_of(submission) == "search"
     record = json.loads(provenance_file(submission).read_text())
     assert record["config"]["setting"]["search"] == 2
-    alone = run(capsys, data, submission)
+    alone = run_walk(capsys, data, submission)
     assert alone[0] == "r2r val_seen, search: 8 items, nothing to refuse"
     submission.write_text(submission.read_text() + " ")
     assert setting_of(submission) is None
-    assert run(capsys, data, submission)[0] == "r2r val_seen: 8 items, nothing to refuse"
+    assert run_walk(capsys, data, submission)[0] == "r2r val_seen: 8 items, nothing to refuse"
     provenance_file(submission).write_text("{")
     assert "provenance.json is damaged: delete it" in refused(capsys, data, submission)
 
@@ -153,14 +112,22 @@ def test_what_search_is_not_for_is_refused(data, tmp_path, capsys):
     assert "holds an agent for ndh: search is for those of R2R" in refused(capsys, data, other, "--search", 2)
     submission = tmp_path / "mine.json"
     submission.write_text("[]")
-    assert "mine.json is no folder: --search is for a run" in refused(capsys, data, submission, "--search", 2)
+    assert "mine.json is no folder: search and" in refused(capsys, data, submission, "--search", 2)
+    text = refused(capsys, data, agent, "--submission-out", tmp_path / "below" / "mine.json")
+    assert "below does not exist: make it first" in text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"search": -1}, "search is -1 and max_expansions 300"),
-        ({"max_expansions": 0}, "search is 0 and max_expansions 0"),
+        ({"search": -1}, "search is -1: give at least 0"),
+        ({"max_expansions": 0}, "max_expansions is 0: give at least 1"),
+        ({"explore": -1}, "explore is -1: give at least 0"),
+        ({"explore_paths": 0}, "explore_paths is 0: give at least 1"),
+        ({"explore_lr": float("nan")}, "explore_lr is nan: give at least 0"),
+        ({"search": 2, "explore": 3, "speaker": "x"}, "search is 2 and explore 3: these are two settings"),
+        ({"explore": 3}, "explore is 3 but nobody describes the paths: give --speaker"),
+        ({"explore_lr": 0.1}, r"explore_lr is 0\.1 but nothing is explored"),
         ({"search": 2, "speaker": "x", "speaker_weight": 2.0}, r"speaker_weight is 2\.0: give a share"),
         ({"search": 2, "speaker_weight": 0.5}, r"speaker_weight is 0\.5 but nothing is ranked by a speaker"),
         ({"speaker": "x"}, "the speaker x has nothing to do in a greedy walk"),

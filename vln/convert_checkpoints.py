@@ -6,10 +6,7 @@ tensors of the file again, to the bit.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,6 +18,7 @@ from vln.agent_folder import load_agent, save_agent, trunk_of
 from vln.checkpoints import State, from_released, save_released
 from vln.follower import Follower
 from vln.model import PrevalentPretraining
+from vln.places import new_folder, require_new
 from vln.snapshots import (
     FollowerSnapshot,
     SpeakerSnapshot,
@@ -211,38 +209,7 @@ def _require_interleaved(orientation: str, angle_size: int, source: Path) -> Non
         )
 
 
-# ---- files
-
-
-def require_new(out: Path) -> None:
-    """Refuse a place that is taken, or in no folder.
-
-    Raises:
-        FileExistsError: something is there.
-        FileNotFoundError: its folder is not.
-    """
-    if out.exists():
-        raise FileExistsError(f"{out} is there already: delete it, or name another place")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out.absolute().parent} does not exist: make it first")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` when all went well, and is removed if not.
-
-    Raises:
-        FileExistsError: ``out`` is there.
-        FileNotFoundError: its folder is not.
-    """
-    require_new(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+# ---- leftovers
 
 
 def _keep_unused(folder: Path, unused: Mapping[str, State]) -> None:

@@ -1,7 +1,8 @@
 """Check and score a submission, or walk an agent and score that.
 
 ``python -m vln.evaluate SUBMISSION --data DIR --split val_unseen`` takes a file; ``python -m vln.evaluate RUN
---data DIR`` takes a run of ``vln.train`` and writes the submission first.
+--data DIR`` takes a run of ``vln.train`` and writes the submission first: of a greedy walk, with ``--search``
+of state-factored search, with ``--explore`` of a greedy walk after pre-exploration. The scores say which.
 """
 
 from __future__ import annotations
@@ -155,10 +156,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"submission written to {config.submission}")
         elif config.setting.name != "greedy":
             raise ValueError(
-                f"{config.submission} is no folder: --{config.setting.name} is for a run of vln.train"
+                f"{config.submission} is no folder: search and pre-exploration are for a run of vln.train"
             )
         result = evaluate(config)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
     target = config.out or f"{config.submission}.scores.json"
     verdict = f"{result['num_faults']} faults passed over" if result["num_faults"] else "nothing to refuse"

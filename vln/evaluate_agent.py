@@ -54,32 +54,44 @@ def walk(config: EvaluateConfig) -> Path:
         raise ValueError(f"{run} holds an agent for {loaded.task}: {setting.name} is for those of R2R")
     ending = "" if setting.name == "greedy" else f".{setting.name}"
     target = Path(options.submission_out or run / f"{config.split}{ending}.json")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{target.absolute().parent} does not exist: make it first")
     if loaded.task == "hanna":
         write_atomically(target, json.dumps(_walk_and_ask(config, loaded)) + "\n")
     else:
-        write_submission(target, _walk(config, loaded))
+        write_submission(target, _walk(config, loaded, target))
     write_provenance(target, setting.name, {"config": asdict(config)})
     return target
 
 
-@torch.no_grad()
-def _walk(config: EvaluateConfig, loaded: Loaded) -> list[Prediction]:
+def exploration_folder(submission: Path) -> Path:
+    """Where the pre-exploration for a submission is kept."""
+    return submission.with_name(f"{submission.name}.exploration")
+
+
+def _walk(config: EvaluateConfig, loaded: Loaded, target: Path) -> list[Prediction]:
     """Rows of an R2R or NDH submission."""
-    options = config.agent
+    options, setting = config.agent, config.setting
     items = read_items(config.items or config.data, _dataset(loaded), None if config.items else config.split)
     scans = sorted({item.scan_id for item in items})
     world = World(load_graphs(config.graphs or config.data, scans))
     surroundings = open_surroundings(config, loaded, world)
     tokenizer = open_words(config, loaded)
     split = make_split(config.split, items, world, tokenizer, loaded.reading)
+    if setting.explore:
+        from vln.evaluate_explore import explore  # which brings all of the training
+
+        trained = open_speaker(config, surroundings)
+        loaded = explore(config, loaded, surroundings, trained, tokenizer, exploration_folder(target))
     loaded.agent.to(surroundings.device)
-    if config.setting.search:
-        return _search(config, loaded, surroundings, split)
-    found = walk_greedily(
-        loaded.agent, surroundings, split, np.arange(len(split.episodes.names)),
-        batch_size=options.batch_size, max_steps=options.max_steps or _MAX_STEPS[loaded.task],
-        avoid_loops=options.avoid_loops, turns=options.turns,
-    )  # fmt: skip
+    with torch.no_grad():
+        if setting.search:
+            return _search(config, loaded, surroundings, split)
+        found = walk_greedily(
+            loaded.agent, surroundings, split, np.arange(len(split.episodes.names)),
+            batch_size=options.batch_size, max_steps=options.max_steps or _MAX_STEPS[loaded.task],
+            avoid_loops=options.avoid_loops, turns=options.turns,
+        )  # fmt: skip
     return [row for _, row in sorted(found, key=lambda row: row[0])]
 
 

@@ -30,7 +30,8 @@ class WalkConfig:
     turns: bool = False
     """Write the poses between viewpoints too, as the originals do; they count in steps, nDTW and CLS."""
     submission_out: str = ""
-    """Submission to write; RUN/SPLIT.json when empty, for search RUN/SPLIT.search.json."""
+    """Submission to write; RUN/SPLIT.json when empty, else RUN/SPLIT.SETTING.json, the setting being
+    search or pre-explored; what is learnt for the latter goes into a folder beside it."""
     device: str = "cpu"
     """Such as cpu or cuda."""
 
@@ -57,29 +58,48 @@ class SettingConfig:
     max_expansions: int = 300
     """Viewpoints looked at in one search."""
     speaker: str = ""
-    """Run of vln.speaker, or its folder, for --search."""
+    """Run of vln.speaker, or its folder: ranks the routes of --search, describes the paths of --explore."""
     speaker_weight: float | None = None
     """Of the speaker beside the agent when routes are ranked, from 0 to 1; 0.5 by default."""
+    explore: int = 0
+    """Let a copy of the agent learn for so many steps in the scans of the split before it walks greedily, on
+    what the speaker says of paths sampled there; nothing else of the split is used. It learns as in its own
+    run, by imitation alone, on the device that accelerate finds."""
+    explore_paths: int = 1000
+    """Paths to sample for that, or as many as there are; filtered as those of R2R."""
+    explore_lr: float = 0.0
+    """Learning rate of that; 0 takes the last of the agent's run."""
 
     def __post_init__(self) -> None:
-        if self.search < 0 or self.max_expansions < 1:
-            raise ValueError(
-                f"search is {self.search} and max_expansions {self.max_expansions}: give at least 0 and at "
-                "least 1"
-            )
+        least = {"search": 0, "max_expansions": 1, "explore": 0, "explore_paths": 1, "explore_lr": 0}
+        for name, bound in least.items():
+            if not bound <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least {bound}")
         if self.speaker_weight is not None and not 0 <= self.speaker_weight <= 1:
             raise ValueError(f"speaker_weight is {self.speaker_weight}: give a share from 0 to 1")
+        if self.search and self.explore:
+            raise ValueError(
+                f"search is {self.search} and explore {self.explore}: these are two settings, give one"
+            )
         if self.speaker_weight is not None and not (self.search and self.speaker):
             raise ValueError(
                 f"speaker_weight is {self.speaker_weight} but nothing is ranked by a speaker: give --search "
                 "and --speaker with it"
             )
-        if self.speaker and not self.search:
-            raise ValueError(f"the speaker {self.speaker} has nothing to do in a greedy walk: give --search")
+        if self.explore and not self.speaker:
+            raise ValueError(f"explore is {self.explore} but nobody describes the paths: give --speaker")
+        if self.explore_lr and not self.explore:
+            raise ValueError(f"explore_lr is {self.explore_lr} but nothing is explored: give --explore")
+        if self.speaker and not self.search and not self.explore:
+            raise ValueError(
+                f"the speaker {self.speaker} has nothing to do in a greedy walk: give --search or --explore"
+            )
 
     @property
     def name(self) -> str:
         """What scores must be named with."""
+        if self.explore:
+            return "pre-explored"
         return "search" if self.search else "greedy"
 
 
