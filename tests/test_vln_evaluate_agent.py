@@ -10,7 +10,7 @@ from tiny_vln import write_folder
 from tiny_walkers import refused, run_walk, write_agent, write_speaker
 
 from vln.data import read_r2r
-from vln.evaluate_config import SettingConfig
+from vln.evaluate_config import EvaluateConfig, SettingConfig, WalkConfig
 from vln.evaluate_provenance import provenance_file, setting_of
 from vln.submission import read_submission
 
@@ -127,12 +127,17 @@ def test_what_search_is_not_for_is_refused(data, tmp_path, capsys):
         ({"explore_lr": float("nan")}, "explore_lr is nan: give at least 0"),
         ({"search": 2, "explore": 3, "speaker": "x"}, "search is 2 and explore 3: these are two settings"),
         ({"explore": 3}, "explore is 3 but nobody describes the paths: give --speaker"),
-        ({"explore_lr": 0.1}, r"explore_lr is 0\.1 but nothing is explored"),
+        ({"explore_lr": 0.1}, r"explore_lr is 0\.1, which does nothing without --explore"),
         ({"search": 2, "speaker": "x", "speaker_weight": 2.0}, r"speaker_weight is 2\.0: give a share"),
-        ({"search": 2, "speaker_weight": 0.5}, r"speaker_weight is 0\.5 but nothing is ranked by a speaker"),
+        ({"search": 2, "speaker_weight": 0.5}, r"speaker_weight is 0\.5 but nobody ranks: give --speaker"),
+        ({"speaker_weight": 0.5}, r"speaker_weight is 0\.5, which does nothing without --search"),
+        ({"max_expansions": 9}, "max_expansions is 9, which does nothing without --search"),
+        ({"explore_paths": 9}, "explore_paths is 9, which does nothing without --explore"),
         ({"speaker": "x"}, "the speaker x has nothing to do in a greedy walk"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SettingConfig(**options)
+    with pytest.raises(ValueError, match="--avoid-loops and --turns are for single walks"):
+        EvaluateConfig(submission="x", agent=WalkConfig(turns=True), setting=SettingConfig(search=2))

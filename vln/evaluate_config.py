@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 import tyro
@@ -81,15 +81,15 @@ class SettingConfig:
             raise ValueError(
                 f"search is {self.search} and explore {self.explore}: these are two settings, give one"
             )
-        if self.speaker_weight is not None and not (self.search and self.speaker):
-            raise ValueError(
-                f"speaker_weight is {self.speaker_weight} but nothing is ranked by a speaker: give --search "
-                "and --speaker with it"
-            )
+        usual = {each.name: each.default for each in fields(self)}
+        needs = {"search": ("max_expansions", "speaker_weight"), "explore": ("explore_paths", "explore_lr")}
+        for name, other in ((name, other) for other, names in needs.items() for name in names):
+            if getattr(self, name) != usual[name] and not getattr(self, other):
+                raise ValueError(f"{name} is {getattr(self, name)}, which does nothing without --{other}")
+        if self.speaker_weight is not None and not self.speaker:
+            raise ValueError(f"speaker_weight is {self.speaker_weight} but nobody ranks: give --speaker")
         if self.explore and not self.speaker:
             raise ValueError(f"explore is {self.explore} but nobody describes the paths: give --speaker")
-        if self.explore_lr and not self.explore:
-            raise ValueError(f"explore_lr is {self.explore_lr} but nothing is explored: give --explore")
         if self.speaker and not self.search and not self.explore:
             raise ValueError(
                 f"the speaker {self.speaker} has nothing to do in a greedy walk: give --search or --explore"
@@ -105,7 +105,11 @@ class SettingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Check a submission for what a leaderboard would refuse, and score it if the split has goals."""
+    """Check a submission for what a leaderboard would refuse, and score it if the split has goals.
+
+    Raises:
+        ValueError: options do not go together.
+    """
 
     submission: Annotated[str, tyro.conf.Positional]
     """JSON file, whose rows tell the task: R2R, NDH or HANNA; or a run of vln.train, whose best agent then
@@ -127,3 +131,7 @@ class EvaluateConfig:
     """JSON to write; SUBMISSION.scores.json when empty."""
     agent: tyro.conf.OmitArgPrefixes[WalkConfig] = field(default_factory=WalkConfig)
     setting: tyro.conf.OmitArgPrefixes[SettingConfig] = field(default_factory=SettingConfig)
+
+    def __post_init__(self) -> None:
+        if self.setting.search and (self.agent.avoid_loops or self.agent.turns):
+            raise ValueError("--avoid-loops and --turns are for single walks: leave them out with --search")
