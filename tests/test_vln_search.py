@@ -9,8 +9,12 @@ from vln.agent import rollout
 from vln.data import R2RItem
 from vln.follower import Follower
 from vln.search import search_prediction, speaker_rank, state_factored_search
+from vln.speaker_folder import TrainedSpeaker
 from vln.speaker_model import Speaker, SpeakerConfig
+from vln.speaker_words import Words
 from vln.submission import Submission, find_faults
+from vln.surroundings import Surroundings
+from vln.walks import Walk, path_batch, roll_walks
 
 PLACE = surroundings(("a",))
 
@@ -52,7 +56,8 @@ def test_everything_walked_is_on_the_graph_and_ends_with_the_chosen_route():
     found = state_factored_search(agent, PLACE, episode, num_routes=6, max_steps=6)
     route = found.routes[found.chosen].viewpoints
     assert found.walked[0] == route[0] == episode.start[0] and found.walked[-len(route) :] == route
-    row = search_prediction(found, "0_0", PLACE)
+    row = search_prediction(found, "0_0", PLACE, start_heading=0.7)
+    assert row.trajectory[0].heading == 0.7
     item = R2RItem(0, "a", 0.0, (PLACE.world.viewpoint_ids[episode.start[0]],), ("go",), None)
     assert find_faults(Submission("r2r", [row], []), [item], PLACE.world.graphs) == []
     assert len(row.trajectory) > len(route)
@@ -76,14 +81,51 @@ def test_a_speaker_chooses_among_the_routes():
     assert deaf.chosen == plain.chosen
 
 
-def test_a_rank_is_the_speakers_mean_log_prob_of_a_word():
+def trained(orientation="blocks", **changes):
     torch.manual_seed(0)
-    speaker = Speaker(SpeakerConfig(vocab_size=12, view_size=10, angle_size=4, hidden_size=8, word_size=4))
-    rank = speaker_rank(speaker, [5, 6, 7], PLACE, start_heading=0.3)
+    words = Words(
+        ("<PAD>", "<UNK>", "<EOS>", *"turn left right walk past the sofa and stop".split(), "<BOS>")
+    )
+    sizes = {"view_size": 14, "angle_size": 8, "hidden_size": 8, "word_size": 4}
+    config = SpeakerConfig(vocab_size=len(words), **(sizes | changes))
+    return TrainedSpeaker(Speaker(config), words, orientation)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_rank_is_the_speakers_mean_log_prob_of_a_word(packed):
+    rank = speaker_rank(trained(packed=packed), ["walk past the zebra"], PLACE, start_heading=0.3)
     routes = [(0, 1, 2), (0, 5), (7, 8, 9, 4)]
     together, alone = rank(routes), [rank([route])[0] for route in routes]
     assert together == pytest.approx(alone, abs=1e-5) and len(set(together)) == 3
-    assert all(-5 < value < -1 for value in together)  # near -log 12 before training
+    assert all(-5 < value < -1 for value in together)  # near -log 13 before training
+    several = speaker_rank(trained(packed=packed), ["walk past the zebra", "stop"], PLACE, start_heading=0.3)
+    second = speaker_rank(trained(packed=packed), ["stop"], PLACE, start_heading=0.3)
+    expected = [(one + two) / 2 for one, two in zip(together, second(routes), strict=True)]
+    assert several(routes) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_speaker_sees_views_as_it_was_trained_with_whatever_the_agent_wants():
+    """Its own layout and size of the orientation, and features without the agent's scale."""
+    route, found = [(0, 1, 2, 7)], {}
+    for layout in ("blocks", "interleaved"):
+        speaker = trained(layout)
+        table = roll_walks(PLACE.world, [walk_of(route[0])], shortest=False)
+        batch = path_batch(table, [0], PLACE.world, PLACE.features, angle_size=8, orientation=layout)
+        words = torch.from_numpy(speaker.words.encode(["turn left"], max_words=3))
+        with torch.no_grad():
+            loss, count = speaker.speaker.eval()(*batch, words)
+        found[layout] = float(-loss / count)
+        for scale, other in ((1.0, "blocks"), (10.0, "interleaved")):
+            agents = Surroundings(PLACE.world, PLACE.features, angle_size=4, orientation=other,
+                                  feature_scale=scale)  # fmt: skip
+            rank = speaker_rank(speaker, ["turn left"], agents, start_heading=0.3)
+            assert rank(route) == pytest.approx([found[layout]], abs=1e-6)
+    assert abs(found["blocks"] - found["interleaved"]) > 1e-4
+
+
+def walk_of(route):
+    names = PLACE.world.viewpoint_ids
+    return Walk("a", tuple(names[place] for place in route), 0.3)
 
 
 @pytest.mark.parametrize(

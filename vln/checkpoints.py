@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers import BertModel
 
@@ -25,6 +26,7 @@ WEIGHTS = "pytorch_model.bin"
 
 _TIED = "mlmhead.predictions.decoder.weight"
 _WORDS = "bert.embeddings.word_embeddings.weight"
+_VIEWS = "bert.vision_encoder.visn_fc.weight"
 
 _ATTENTION = (
     ("self.query", "query"),
@@ -165,7 +167,7 @@ def infer_config(
         ValueError: these are not the weights of a Prevalent model.
     """
     try:
-        words, project = state[_WORDS], state["bert.vision_encoder.visn_fc.weight"]
+        words, project = state[_WORDS], state[_VIEWS]
         sizes: dict[str, Any] = {
             "vocab_size": words.shape[0],
             "hidden_size": words.shape[1],
@@ -210,6 +212,8 @@ def from_released(folder: str | Path, *, angle_size: int = 128) -> PrevalentPret
     """
     folder = Path(folder)
     config, state = _read_json(folder / "config.json"), read_tensors(folder / WEIGHTS)
+    if "num_attention_heads" not in config:
+        raise ValueError(f"{folder / 'config.json'} lacks num_attention_heads: it is no released model's")
     if config.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r} but the released models use 'gelu'")
     ours = infer_config(
@@ -219,6 +223,7 @@ def from_released(folder: str | Path, *, angle_size: int = 128) -> PrevalentPret
         hidden_dropout=config.get("hidden_dropout_prob", 0.1),
         attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
         layer_norm_eps=config.get("layer_norm_eps", 1e-12),
+        initializer_range=config.get("initializer_range", 0.02),
         train_text=config.get("update_lang_bert", True),
         train_cross=config.get("update_add_layer", True),
     )
@@ -229,6 +234,9 @@ def from_released(folder: str | Path, *, angle_size: int = 128) -> PrevalentPret
 
 def save_released(model: PrevalentPretraining, folder: str | Path) -> None:
     """Write the released layout, which HAMT and VLN-BERT read too.
+
+    That code gives the model plain features and orientation in blocks; a model of another form is written so
+    that it computes the same from those.
 
     Args:
         model: whose actions are candidate ranks: the released code knows no other.
@@ -265,9 +273,21 @@ def save_released(model: PrevalentPretraining, folder: str | Path) -> None:
         "action_space": config.num_actions,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda partial: torch.save(to_released(model), partial))
+    state = to_released(model)
+    state[_VIEWS] = _for_plain_views(state[_VIEWS], config)
+    _replace(folder / WEIGHTS, lambda partial: torch.save(state, partial))
     text = json.dumps(theirs, indent=2, sort_keys=True) + "\n"
     _replace(folder / "config.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _for_plain_views(weight: Tensor, config: PrevalentConfig) -> Tensor:
+    """Projection ``[H, D]`` of views for features that are not scaled and orientation in blocks."""
+    features, angles = weight.split([config.feature_size, config.angle_size], dim=1)
+    if config.feature_scale != 1:
+        features = features * config.feature_scale
+    if config.orientation == "interleaved":
+        angles = rearrange(angles, "h (copies four) -> h (four copies)", four=4)
+    return torch.cat([features, angles], dim=1)
 
 
 # ---- a start from other models

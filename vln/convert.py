@@ -1,7 +1,9 @@
-"""Convert others' files: ``python -m vln.convert features|r4r|check ...``.
+"""Convert others' files: ``python -m vln.convert features|r4r|check|pretrained|agent|speaker ...``.
 
 ``features`` writes a store (``vln.features``) from a TSV or HDF5 file, ``r4r`` builds R4R from R2R, ``check``
-holds a file of items against the graphs.
+holds a file of items against the graphs. ``pretrained``, ``agent`` and ``speaker`` turn released checkpoints
+into folders that the other commands take, and with ``--released`` back; those that need pickled code are
+refused.
 """
 
 from __future__ import annotations
@@ -112,10 +114,104 @@ class CheckConfig:
         return text
 
 
+# Checkpoints. What converts them is imported late: the commands above need no model.
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    """A released pre-training folder (config.json, pytorch_model.bin) to one of ours, or back."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """The released folder; with --released a run of vln.pretrain, or its folder model."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Folder to write, for --pretrained of vln.train and --init of vln.pretrain."""
+    angle_size: int = 128
+    """Of a released view's numbers, those of orientation; no tensor shows them."""
+    released: bool = False
+    """Write ours under the released names, as HAMT and VLN-BERT read them too."""
+
+    def run(self) -> str:
+        """Convert; returns what to print."""
+        from vln.convert_checkpoints import export_pretrained, import_pretrained
+
+        if self.released:
+            return export_pretrained(Path(self.source), Path(self.out))
+        return import_pretrained(Path(self.source), Path(self.out), angle_size=self.angle_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """A released snapshot of an R2R agent to a folder of ours, or back.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """The released file; with --released a run of vln.train, or the folder of an R2R agent."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Folder to write, for vln.evaluate and --agent of vln.train; with --released the file."""
+    num_attention_heads: int = 12
+    """Of a released encoder; no tensor shows them."""
+    num_instructions: int = 1
+    """1, or 3 for a released agent that reads all instructions of a path together."""
+    max_tokens: int = 80
+    """Longest text that a released agent reads."""
+    released: bool = False
+    """Write ours under the released names."""
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads < 1 or self.max_tokens < 3:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads} and max_tokens {self.max_tokens}: give "
+                "at least 1 and at least 3"
+            )
+
+    def run(self) -> str:
+        """Convert; returns what to print."""
+        from vln.convert_checkpoints import export_agent, import_agent
+
+        if self.released:
+            return export_agent(Path(self.source), Path(self.out))
+        return import_agent(
+            Path(self.source), Path(self.out), num_attention_heads=self.num_attention_heads,
+            num_instructions=self.num_instructions, max_tokens=self.max_tokens,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakerConfig:
+    """A released snapshot of EnvDrop's speaker to a folder of ours, or back."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """The released file; with --released a run of vln.speaker, or its folder model."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Folder to write, for vln.augment, --init of vln.speaker and --speaker of vln.evaluate; with --released
+    the file."""
+    words: str
+    """The list of its words, one a line, that came with the released file; with --released, to write."""
+    angle_size: int = 128
+    """Of a released view's numbers, those of orientation; no tensor shows them."""
+    released: bool = False
+    """Write ours under the released names."""
+
+    def run(self) -> str:
+        """Convert; returns what to print."""
+        from vln.convert_checkpoints import export_speaker, import_speaker
+
+        source, out, words = Path(self.source), Path(self.out), Path(self.words)
+        if self.released:
+            return export_speaker(source, out, words=words)
+        return import_speaker(source, out, words=words, angle_size=self.angle_size)
+
+
 Command = (
     Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
     | Annotated[R4RConfig, tyro.conf.subcommand("r4r")]
     | Annotated[CheckConfig, tyro.conf.subcommand("check")]
+    | Annotated[PretrainedConfig, tyro.conf.subcommand("pretrained")]
+    | Annotated[AgentConfig, tyro.conf.subcommand("agent")]
+    | Annotated[SpeakerConfig, tyro.conf.subcommand("speaker")]
 )
 
 
@@ -129,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: something is wrong with what was given; the text says what.
     """
     try:
-        config: FeaturesConfig | R4RConfig | CheckConfig = tyro.cli(
+        config: Any = tyro.cli(
             Command,  # type: ignore[arg-type]
             args=sys.argv[1:] if arguments is None else arguments,
             prog="python -m vln.convert",

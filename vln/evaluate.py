@@ -1,7 +1,8 @@
 """Check and score a submission, or walk an agent and score that.
 
 ``python -m vln.evaluate SUBMISSION --data DIR --split val_unseen`` takes a file; ``python -m vln.evaluate RUN
---data DIR`` takes a run of ``vln.train`` and writes the submission first.
+--data DIR`` takes a run of ``vln.train`` and writes the submission first: of a greedy walk, with ``--search``
+of state-factored search, with ``--explore`` of a greedy walk after pre-exploration. The scores say which.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import tyro
@@ -20,9 +21,13 @@ import tyro
 from fq.provenance import provenance
 from fq.run import write_atomically
 from vln.data import HannaTask, NDHItem, R2RItem, read_hanna, read_ndh, read_r2r
+from vln.evaluate_config import EvaluateConfig, WalkConfig
+from vln.evaluate_provenance import setting_of
 from vln.metrics import HannaScores, NDHScores, R2RScores, mean_scores, score_hanna, score_ndh, score_r2r
 from vln.navgraph import NavGraph, load_graphs
 from vln.submission import Submission, find_faults, read_submission
+
+__all__ = ["COLUMNS", "EvaluateConfig", "WalkConfig", "evaluate", "main", "table"]
 
 Scores = R2RScores | NDHScores | HannaScores
 
@@ -41,65 +46,6 @@ COLUMNS: dict[str, dict[str, str]] = {
 """Columns of the printed table and what each holds; metres, or percent where the name says so."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WalkConfig:
-    """How an agent walks; for runs alone.
-
-    Raises:
-        ValueError: a number is outside its range.
-    """
-
-    features: str = "features"
-    """Store of view features, a folder there or below data; random:WIDTH gives each view a fixed random
-    vector."""
-    tokenizer: str = ""
-    """Tokeniser, a folder there or below data; that of the run when empty."""
-    batch_size: int = 100
-    """Episodes walked together; the scores do not depend on it."""
-    max_steps: int = 0
-    """Longest walk; 0 takes 35, and 40 for NDH, 50 for HANNA, as the originals do."""
-    avoid_loops: bool = False
-    """Take no viewpoint again (R2R, NDH)."""
-    turns: bool = False
-    """Write the poses between viewpoints too, as the originals do; they count in steps, nDTW and CLS."""
-    submission_out: str = ""
-    """Submission to write; RUN/SPLIT.json when empty."""
-    device: str = "cpu"
-    """Such as cpu or cuda."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.max_steps < 0:
-            raise ValueError(
-                f"batch_size is {self.batch_size} and max_steps {self.max_steps}: give at least 1 "
-                "and at least 0"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Check a submission for what a leaderboard would refuse, and score it if the split has goals."""
-
-    submission: Annotated[str, tyro.conf.Positional]
-    """JSON file, whose rows tell the task: R2R, NDH or HANNA; or a run of vln.train, whose best agent then
-    walks the split first."""
-    split: str = "val_unseen"
-    """Split of the items; with the R2R test split, which has no goals, the submission is checked alone."""
-    data: str = "data/vln"
-    """Folder with items and graphs, unpacked or in archives: r2r/, ndh/, hanna/, connectivity/."""
-    items: str = ""
-    """JSON file of the items instead."""
-    graphs: str = ""
-    """Folder or archive of the connectivity files instead."""
-    deduplicate: bool = False
-    """Leave consecutive repeats of a viewpoint out of nDTW, SDTW and CLS (R2R)."""
-    lenient: bool = False
-    """Score as the first evaluators do: ignore unknown ids, take the first of doubled ones, charge gaps as
-    walked."""
-    out: str = ""
-    """JSON to write; SUBMISSION.scores.json when empty."""
-    agent: tyro.conf.OmitArgPrefixes[WalkConfig] = field(default_factory=WalkConfig)
-
-
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Check and score a submission.
 
@@ -107,9 +53,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config: see :class:`EvaluateConfig`.
 
     Returns:
-        ``{"submission", "task", "split", "num_items", "scores", "items", "provenance"}``. ``scores`` has for
-        every way to score (one, but for NDH one a path type) the mean scores, ``items`` the same for every
-        item; both are empty for a split without goals.
+        ``{"submission", "task", "split", "setting", "num_items", "scores", "items", "provenance"}``.
+        ``setting`` is greedy, search or pre-explored where an agent of ours walked, else ``None``. ``scores``
+        has for every way to score (one, but for NDH one a path type) the mean scores, ``items`` the same for
+        every item; both are empty for a split without goals.
 
     Raises:
         FileNotFoundError: submission, items or graphs are missing.
@@ -132,6 +79,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "submission": config.submission,
         "task": submission.task,
         "split": config.items or config.split,
+        "setting": setting_of(config.submission),
         "num_items": len(items)
         if submission.task == "ndh"
         else sum(len(item.instructions) for item in items),
@@ -206,16 +154,23 @@ def main(arguments: list[str] | None = None) -> None:
 
             config = replace(config, submission=str(walk(config)))
             print(f"submission written to {config.submission}")
+        elif config.setting.name != "greedy":
+            raise ValueError(
+                f"{config.submission} is no folder: search and pre-exploration are for a run of vln.train"
+            )
         result = evaluate(config)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
     target = config.out or f"{config.submission}.scores.json"
     verdict = f"{result['num_faults']} faults passed over" if result["num_faults"] else "nothing to refuse"
-    print(f"{result['task']} {result['split']}: {result['num_items']} items, {verdict}")
+    setting = f", {result['setting']}" if result["setting"] else ""
+    print(f"{result['task']} {result['split']}{setting}: {result['num_items']} items, {verdict}")
     if not result["scores"]:
         print("the items have starts alone: checked, not scored")
         return
     print(table(result))
+    if result["setting"] not in (None, "greedy"):
+        print(f"setting {result['setting']}: not to be compared with scores of another setting")
     write_atomically(target, json.dumps(result, indent=1) + "\n")
     print(f"written to {target}")
 

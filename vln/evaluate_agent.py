@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import tqdm
 
 from fq.run import write_atomically
-from vln.agent_data import make_split, read_items
+from vln.agent_data import Split, make_split, read_items
 from vln.agent_folder import TOKENIZER, Loaded, load_agent, trunk_of
 from vln.agent_hanna import Helpers, episodes_of_tasks, route_split, submission_rows
 from vln.data import read_hanna, read_hanna_routes
-from vln.evaluate import EvaluateConfig
+from vln.evaluate_config import EvaluateConfig
+from vln.evaluate_provenance import write_provenance
 from vln.hanna import Assistant
 from vln.navgraph import load_graphs
 from vln.pretrain_config import TripletsConfig
 from vln.pretrain_data import open_features, open_tokenizer
-from vln.submission import write_submission
+from vln.search import search_prediction, speaker_rank, state_factored_search
+from vln.speaker_folder import TrainedSpeaker, load_speaker
+from vln.submission import Prediction, write_submission
 from vln.surroundings import Surroundings
 from vln.train_hanna import walk_and_ask
 from vln.train_walk import walk_greedily
@@ -30,7 +35,7 @@ _MAX_STEPS = {"r2r": 35, "ndh": 40, "hanna": 50}
 
 
 def walk(config: EvaluateConfig) -> Path:
-    """Walk a split greedily and write the submission.
+    """Walk a split in the setting that is asked for, and write the submission and its provenance.
 
     Args:
         config: whose ``submission`` is a run, or the folder of an agent.
@@ -39,29 +44,99 @@ def walk(config: EvaluateConfig) -> Path:
         The submission.
 
     Raises:
-        FileNotFoundError: agent, items, graphs, features or tokeniser are missing.
-        ValueError: a file is damaged, or the features are of another width than the agent's.
+        FileNotFoundError: agent, speaker, items, graphs, features or tokeniser are missing.
+        ValueError: a file is damaged, the features are of another width than those of agent or speaker, or
+            the setting is not for such an agent.
     """
-    run, options = Path(config.submission), config.agent
+    run, options, setting = Path(config.submission), config.agent, config.setting
     loaded = load_agent(run)
-    target = Path(options.submission_out or run / f"{config.split}.json")
+    if setting.name != "greedy" and loaded.task != "r2r":
+        raise ValueError(f"{run} holds an agent for {loaded.task}: {setting.name} is for those of R2R")
+    ending = "" if setting.name == "greedy" else f".{setting.name}"
+    target = Path(options.submission_out or run / f"{config.split}{ending}.json")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{target.absolute().parent} does not exist: make it first")
     if loaded.task == "hanna":
         write_atomically(target, json.dumps(_walk_and_ask(config, loaded)) + "\n")
-        return target
+    else:
+        write_submission(target, _walk(config, loaded, target))
+    write_provenance(target, setting.name, {"config": asdict(config)})
+    return target
+
+
+def exploration_folder(submission: Path) -> Path:
+    """Where the pre-exploration for a submission is kept."""
+    return submission.with_name(f"{submission.name}.exploration")
+
+
+def _walk(config: EvaluateConfig, loaded: Loaded, target: Path) -> list[Prediction]:
+    """Rows of an R2R or NDH submission."""
+    options, setting = config.agent, config.setting
     items = read_items(config.items or config.data, _dataset(loaded), None if config.items else config.split)
     scans = sorted({item.scan_id for item in items})
     world = World(load_graphs(config.graphs or config.data, scans))
     surroundings = open_surroundings(config, loaded, world)
     tokenizer = open_words(config, loaded)
     split = make_split(config.split, items, world, tokenizer, loaded.reading)
+    if setting.explore:
+        from vln.evaluate_explore import explore  # which brings all of the training
+
+        trained = open_speaker(config, surroundings)
+        loaded = explore(config, loaded, surroundings, trained, tokenizer, exploration_folder(target))
+    loaded.agent.to(surroundings.device)
     with torch.no_grad():
+        if setting.search:
+            return _search(config, loaded, surroundings, split)
         found = walk_greedily(
-            loaded.agent.to(surroundings.device), surroundings, split, np.arange(len(split.episodes.names)),
+            loaded.agent, surroundings, split, np.arange(len(split.episodes.names)),
             batch_size=options.batch_size, max_steps=options.max_steps or _MAX_STEPS[loaded.task],
             avoid_loops=options.avoid_loops, turns=options.turns,
         )  # fmt: skip
-    write_submission(target, [row for _, row in sorted(found, key=lambda row: row[0])])
-    return target
+    return [row for _, row in sorted(found, key=lambda row: row[0])]
+
+
+def _search(
+    config: EvaluateConfig, loaded: Loaded, surroundings: Surroundings, split: Split
+) -> list[Prediction]:
+    """Rows of a search, each with all that was walked for it."""
+    setting, told = config.setting, list[Prediction]()
+    trained = open_speaker(config, surroundings) if setting.speaker else None
+    texts = {
+        name: text
+        for item in split.items
+        for name, text in zip(item.instruction_ids, item.instructions, strict=True)
+    }
+    for row in tqdm(range(len(split.episodes.names)), desc="search"):
+        episode = split.episodes.rows(np.array([row]))
+        names, heading = episode.names[0], float(episode.heading[0])
+        rank = None
+        if trained is not None:
+            said = [texts[str(name)] for name in names]
+            rank = speaker_rank(trained, said, surroundings, start_heading=heading)
+        found = state_factored_search(
+            loaded.agent, surroundings, episode, num_routes=setting.search,
+            max_expansions=setting.max_expansions,
+            max_steps=config.agent.max_steps or _MAX_STEPS[loaded.task], rank=rank,
+            speaker_weight=0.5 if setting.speaker_weight is None else setting.speaker_weight,
+        )  # fmt: skip
+        told += [search_prediction(found, name, surroundings, start_heading=heading) for name in names]
+    return told
+
+
+def open_speaker(config: EvaluateConfig, surroundings: Surroundings) -> TrainedSpeaker:
+    """The speaker of a setting, on the device of the surroundings.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is a released file, damaged, or was trained with features of another width.
+    """
+    source = config.setting.speaker
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file: make a folder of it first, python -m vln.convert speaker")
+    trained = load_speaker(source)
+    trained.require_width(surroundings.features.width, config.agent.features)
+    trained.speaker.to(surroundings.device)
+    return trained
 
 
 @torch.no_grad()

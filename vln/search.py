@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vln.agent import Episodes, Memory, NDHFollower, Walker, order_of
 from vln.candidates import Panorama, PanoramicSimulator
 from vln.follower import Step
 from vln.geometry import VIEW_ELEVATIONS, VIEW_HEADINGS
-from vln.speaker_model import Speaker
+from vln.speaker_folder import TrainedSpeaker
 from vln.submission import Pose, Prediction
 from vln.surroundings import Surroundings, Views
 from vln.walks import Walk, path_batch, roll_walks
@@ -212,10 +211,19 @@ class _Explorer:
         self.walked += way[-2::-1]
 
 
-def search_prediction(found: Searched, name: str | int, surroundings: Surroundings) -> Prediction:
-    """Row of a submission: everything walked, each viewpoint faced in the direction of the walk."""
+def search_prediction(
+    found: Searched, name: str | int, surroundings: Surroundings, *, start_heading: float
+) -> Prediction:
+    """Row of a submission: everything walked, each viewpoint faced in the direction of the walk.
+
+    Args:
+        found: of the search.
+        name: of the item.
+        surroundings: whose world was walked.
+        start_heading: radians.
+    """
     world = surroundings.world
-    poses, heading = [], 0.0
+    poses, heading = [], start_heading
     for number, place in enumerate(found.walked):
         if number:
             graph = world.graph(world.scan_ids[place])
@@ -229,22 +237,27 @@ def search_prediction(found: Searched, name: str | int, surroundings: Surroundin
 
 
 def speaker_rank(
-    speaker: Speaker, words: Sequence[int], surroundings: Surroundings, *, start_heading: float
+    trained: TrainedSpeaker, texts: Sequence[str], surroundings: Surroundings, *, start_heading: float
 ) -> Rank:
-    """How well a speaker would say given words on a route: mean log-prob of a word, without dropout.
+    """How well a speaker would say given texts on a route: mean log-prob of a word, without dropout.
+
+    The speaker is shown views as it was trained with: features as stored, without the scale of the agent's
+    pre-trained model, and its own layout of the orientation.
 
     Args:
-        speaker: put into eval mode.
-        words: ids without BOS and EOS.
-        surroundings: whose features and orientation the speaker was trained with.
+        trained: put into eval mode; on the device of the surroundings.
+        texts: whole ones, unknown words and all; a rank is the mean over them.
+        surroundings: of the agent: world, features and device.
         start_heading: of the routes, radians.
     """
-    speaker.eval()
-    world, config = surroundings.world, speaker.config
-    line = torch.tensor([[config.bos_id, *words, config.eos_id]])
+    speaker, words = trained.speaker.eval(), trained.words
+    world, device = surroundings.world, surroundings.device
+    lines = [
+        torch.from_numpy(words.encode([text], max_words=len(words.split(text)) + 1)).to(device)
+        for text in texts
+    ]
 
-    @torch.no_grad()
-    def rank(routes: Sequence[Sequence[int]]) -> list[float]:
+    def score(routes: Sequence[Sequence[int]]) -> list[float]:
         walks = [
             Walk(
                 world.scan_ids[route[0]], tuple(world.viewpoint_ids[place] for place in route), start_heading
@@ -253,14 +266,20 @@ def speaker_rank(
         ]
         batch = path_batch(
             roll_walks(world, walks, shortest=False), range(len(walks)), world, surroundings.features,
-            angle_size=config.angle_size, orientation=surroundings.orientation,
+            angle_size=speaker.config.angle_size, orientation=trained.orientation,
         )  # fmt: skip
-        device = surroundings.device
-        loss, count = speaker(
-            batch.actions.to(device), batch.panoramas.to(device), batch.lengths.to(device),
-            line.expand(len(walks), -1).to(device),
-        )  # fmt: skip
-        mean: Tensor = -loss / count
-        return mean.tolist()
+        actions, panoramas, lengths = (part.to(device) for part in batch)
+        found = []
+        for line in lines:
+            loss, count = speaker(actions, panoramas, lengths, line.expand(len(walks), -1))
+            found.append(-loss / count)
+        return torch.stack(found).mean(0).tolist()
+
+    @torch.no_grad()
+    def rank(routes: Sequence[Sequence[int]]) -> list[float]:
+        if speaker.config.packed:
+            return score(routes)
+        # What a released speaker says of a route depends on how long those beside it are.
+        return [value for route in routes for value in score([route])]
 
     return rank

@@ -108,7 +108,8 @@ def follower_from_released(
         raise ValueError(f"num_instructions is {num_instructions}: the released agents read 1 or 3")
     states = {name: _unwrapped(parts, name) for name in ("encoder", "decoder", "critic")}
     encoder, decoder = states["encoder"], states["decoder"]
-    _need(encoder, "lstm.weight_hh_l0", f"{_SINGLE}_ht.weight")
+    start = _SINGLE if num_instructions == 1 else _SEVERAL
+    _need(encoder, "lstm.weight_hh_l0", f"{start}_ht.weight")
     _need(decoder, "embedding.0.weight", "lstm.weight_hh")
     _need(states["critic"], "state2value.0.weight")
     action, angle = decoder["embedding.0.weight"].shape
