@@ -30,6 +30,19 @@ def paths(found, world=PLACE.world):
     return [trace.viewpoint[: moves + 1, row].tolist() for row, moves in enumerate(trace.num_moves)]
 
 
+def test_surroundings_of_a_model_have_the_form_it_was_trained_with():
+    config = tiny_agent(feature_scale=10.0, orientation="interleaved").encoder.trunk.config
+    place = Surroundings.of(config, PLACE.world, PLACE.features)
+    plain = Surroundings(PLACE.world, PLACE.features, angle_size=4, orientation="interleaved")
+    now = PanoramicSimulator(PLACE.world, batch_size=2).place(np.array([0, 3]), np.array([0.3, 2.0]))
+    scaled, seen = (each.look(now, np.arange(2)) for each in (place, plain))
+    for ours, theirs in ((scaled.panorama, seen.panorama), (scaled.candidates, seen.candidates)):
+        torch.testing.assert_close(ours[..., :6], 10 * theirs[..., :6])
+        assert torch.equal(ours[..., 6:], theirs[..., 6:])
+    with pytest.raises(ValueError, match=r"feature_scale is 0\.0 but must be above 0"):
+        tiny_agent(feature_scale=0.0)
+
+
 @pytest.mark.parametrize("kind", [Follower, NDHFollower])
 @pytest.mark.parametrize("feedback", ["argmax", "sample", "teacher", "mixed"])
 def test_a_batch_walks_as_its_rows_do_alone(kind, feedback):

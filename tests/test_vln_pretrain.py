@@ -216,6 +216,12 @@ def test_a_batch_has_the_words_views_and_actions_of_its_triplets(data):
     features = train.features.gather([train.world.scan_ids[place]], [train.world.viewpoint_ids[place]])
     assert torch.equal(batch.views[1, :, :6], torch.from_numpy(features[0]))
     assert train.scan_ids == {"a", "b"} and set(opened.val) == {"val_seen"}
+    scaled = train.batch(
+        rows, seed=0, step=0, angle_size=4, orientation="blocks", action_target="candidate_rank",
+        feature_scale=10.0, mask_share=0.3,
+    )  # fmt: skip
+    torch.testing.assert_close(scaled.views[..., :6], 10 * batch.views[..., :6])
+    assert torch.equal(scaled.views[..., 6:], batch.views[..., 6:])
 
 
 def test_random_features_are_a_viewpoints_own():
