@@ -26,13 +26,17 @@ def write_agent(folder, kind=Follower, task="r2r", num_instructions=1):
     return folder
 
 
-def write_speaker(folder, width=6):
+def write_speaker(folder, width=6, scale=1.0):
     torch.manual_seed(2)
     words = Words(("<PAD>", "<UNK>", "<EOS>", *WORDS, "<BOS>"))
     sizes = SpeakerConfig(
         vocab_size=len(words), view_size=width + 8, angle_size=8, hidden_size=8, word_size=6
     )
-    save_speaker(TrainedSpeaker(Speaker(sizes), words, "interleaved"), folder)
+    speaker = Speaker(sizes)
+    with torch.no_grad():
+        for parameter in speaker.parameters():
+            parameter.mul_(scale)  # a new one says the same of all
+    save_speaker(TrainedSpeaker(speaker, words, "interleaved"), folder)
     return folder
 
 

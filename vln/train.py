@@ -70,7 +70,7 @@ def train(config: Training) -> Path:
     )
     refuse_idle_processes(accelerator, learn.batch_size)
     is_hanna = config.items.task == "hanna"
-    opened: Any = open_hanna(config.items) if is_hanna else open_data(config.items)
+    opened: Any = open_hanna(config.items) if is_hanna else open_data(config.items, seed=options.seed)
     set_seed(options.seed)  # for weights made anew
     agent = build_agent(
         config, num_words=len(opened.tokenizer), pad_id=opened.tokenizer.pad_token_id,

@@ -34,6 +34,11 @@ class ItemsConfig:
     """To learn from."""
     extra: tuple[str, ...] = ()
     """R2R-format JSON files of a speaker, as `python -m vln.augment` writes, learnt from beside the split."""
+    speaker: str = ""
+    """Instead of --extra, a run of vln.speaker that tells sampled paths of the split's scans anew at every
+    step, through that step's environment dropout (back-translation)."""
+    speaker_paths: int = 0
+    """Paths sampled for it; 0 takes all that pass R2R's filter and that no item has."""
     val_splits: tuple[str, ...] = ("val_seen", "val_unseen")
     """To evaluate on; left out where there are none."""
     features: str = "features"
@@ -62,13 +67,18 @@ class ItemsConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 3, "max_tokens")
-        at_least(self, 0, "pairs")
+        at_least(self, 0, "pairs", "speaker_paths")
         if self.num_instructions not in (1, 3):
             raise ValueError(f"num_instructions is {self.num_instructions}: give 1 or 3")
-        if self.task != "r2r" and (self.extra or self.pairs or self.num_instructions > 1):
+        if self.task != "r2r" and (self.extra or self.speaker or self.pairs or self.num_instructions > 1):
             raise ValueError(
-                f"--extra, --pairs and --num-instructions are for --task r2r, but the task is {self.task}"
+                "--extra, --speaker, --pairs and --num-instructions are for --task r2r, but the task is "
+                f"{self.task}"
             )
+        if self.extra and self.speaker:
+            raise ValueError("--extra and --speaker are both given: take written instructions or a speaker")
+        if self.speaker_paths and not self.speaker:
+            raise ValueError(f"speaker_paths is {self.speaker_paths} but there is no --speaker to tell them")
 
     @property
     def reading(self) -> Reading:
@@ -124,7 +134,7 @@ class AgentConfig:
     decoder_dropout: float = 0.5
     """Of decoder and critic."""
     feature_dropout: float = 0.4
-    """Of the image features, in the decoder, or of a whole environment where --extra is learnt from (R2R)."""
+    """Of the image features, in the decoder, or of a whole environment with --extra or --speaker (R2R)."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden_size", "num_attention_heads", "intermediate_size", "num_cross_layers")
@@ -153,7 +163,7 @@ class LearnConfig:
     imitation_weight: float = 0.2
     """Of the imitation on the split."""
     extra_weight: float = 0.6
-    """Of the imitation on --extra (back-translation)."""
+    """Of the imitation on --extra or of --speaker (back-translation)."""
     discount: float = 0.9
     """Of rewards."""
     entropy_weight: float = 0.01
@@ -163,7 +173,7 @@ class LearnConfig:
     curiosity_weight: float = 1.0
     """Of running from past mistakes (HANNA)."""
     batch_size: int = 20
-    """Episodes of a step, shared by all processes; as many of --extra again."""
+    """Episodes of a step, shared by all processes; as many of --extra or --speaker again."""
     max_steps: int = 35
     """Longest walk."""
     optimiser: Literal["rmsprop", "adamw", "adamax", "adam"] = "rmsprop"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vln.agent import freeze
 from vln.agent_data import Split, make_split, pick_pairs, read_items
 from vln.agent_folder import KINDS, load_agent, trunk_of
+from vln.back_translation import BackTranslation, sample_paths
 from vln.checkpoints import WEIGHTS, from_released
 from vln.data import read_r2r
 from vln.follower import FollowerConfig
@@ -23,6 +24,7 @@ from vln.model import Prevalent, PrevalentConfig
 from vln.navgraph import load_graphs
 from vln.pretrain_config import TripletsConfig
 from vln.pretrain_data import open_features, open_tokenizer
+from vln.speaker_folder import load_speaker
 from vln.train_config import AgentConfig, ItemsConfig, LearnConfig, Training
 from vln.walks import PanoramaFeatures
 from vln.world import World
@@ -36,6 +38,7 @@ class Opened(NamedTuple):
     tokenizer: Any
     train: Split
     extra: Split | None
+    teller: BackTranslation | None
     val: dict[str, Split]
 
 
@@ -78,8 +81,12 @@ def refuse_idle_processes(accelerator: Accelerator, batch_size: int) -> None:
         )
 
 
-def open_data(config: ItemsConfig) -> Opened:
+def open_data(config: ItemsConfig, *, seed: int = 0) -> Opened:
     """Everything that a configuration of R2R or NDH names.
+
+    Args:
+        config: what is walked.
+        seed: of the paths that a speaker tells.
 
     Raises:
         FileNotFoundError: a file is missing; the text names it.
@@ -110,13 +117,24 @@ def open_data(config: ItemsConfig) -> Opened:
             f"split {config.split} of {config.data} has items without a goal: learn from another"
         )
     extra = split_of("extra", more, len(train.episodes.names)) if more else None
+    teller = None
+    if config.speaker:
+        known = [item for rows in (items, *held_out.values()) for item in rows]
+        scans = {name: world.graph(name) for name in sorted(train.scan_ids)}
+        paths = sample_paths(scans, known, config.speaker_paths, seed=seed)
+        trained = load_speaker(config.speaker)
+        trained.require_width(features.width, config.features)
+        teller = BackTranslation(
+            trained, paths, world, features, tokenizer, reading=config.reading,
+            first=len(train.episodes.names),
+        )  # fmt: skip
     val = {name: split_of(name, rows) for name, rows in held_out.items()}
     for name, made in val.items():
         if made.episodes.waypoints is None:
             raise ValueError(
                 f"split {name} has items without a goal, so no scores: leave it out of --val-splits"
             )
-    return Opened(world, features, tokenizer, train, extra, val)
+    return Opened(world, features, tokenizer, train, extra, teller, val)
 
 
 def sources(config: ItemsConfig) -> TripletsConfig:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from vln.agent import Noise, Rollout, predictions, rollout
+from vln.agent import Episodes, Noise, Rollout, predictions, rollout
 from vln.agent_data import Split
 from vln.agent_folder import trunk_of
 from vln.metrics import NDHScores, R2RScores, mean_scores, score_ndh, score_r2r
@@ -62,38 +62,51 @@ class WalkTask:
         )
         seed = config.run.seed
         self._stream = Stream(len(opened.train.episodes.names), seed)
-        self._more = Stream(len(opened.extra.episodes.names), seed + 1) if opened.extra else None
+        self._num_more = len(opened.extra.episodes.names) if opened.extra else len(opened.teller or ())
+        self._more = Stream(self._num_more, seed + 1) if self._num_more else None
+        if opened.teller is not None:
+            opened.teller.to(accelerator.device)
 
     @property
     def size(self) -> str:
         """What there is to learn from, for the line on start."""
-        more = f" and {len(self._opened.extra.episodes.names)} more" if self._opened.extra else ""
+        more = f" and {self._num_more} more" if self._num_more else ""
         scans = len(self._opened.train.scan_ids)
         return f"{len(self._opened.train.episodes.names)} episodes of {scans} scans{more}"
 
     def lessons(self, agent: Any, step: int) -> Iterator[Lesson]:
         """Terms of the loss of a step, one rollout at a time."""
-        learn = self._config.learn
-        yield from self._lessons(agent, step, self._opened.train, self._stream, learn.imitation_weight, None)
-        if self._opened.extra is not None and self._more is not None:
-            # One mask for all walks of the step: another environment (Tan et al., 2019, Sec. 3.4).
-            keep = environment_mask(
-                self._config.run.seed, step, self._opened.features.width, self._config.model.feature_dropout
-            )
-            yield from self._lessons(agent, step, self._opened.extra, self._more, learn.extra_weight, keep)
+        opened, learn = self._opened, self._config.learn
+        episodes = opened.train.episodes.rows(self._share(self._stream, step))
+        yield from self._lessons(agent, step, episodes, learn.imitation_weight, None)
+        if self._more is None:
+            return
+        # One mask for all walks of the step: another environment (Tan et al., 2019, Sec. 3.4).
+        keep = environment_mask(
+            self._config.run.seed, step, opened.features.width, self._config.model.feature_dropout
+        )
+        rows = self._share(self._more, step)
+        if opened.teller is not None:
+            episodes = opened.teller.episodes(rows, keep)
+        elif opened.extra is not None:
+            episodes = opened.extra.episodes.rows(rows)
+        yield from self._lessons(agent, step, episodes, learn.extra_weight, keep, prefix="extra_")
+
+    def _share(self, stream: Stream, step: int) -> np.ndarray:
+        """This process's rows of a step."""
+        size, accelerator = self._config.learn.batch_size, self._accelerator
+        return stream.rows(step * size, size)[accelerator.process_index :: accelerator.num_processes]
 
     def _lessons(
-        self, agent: Any, step: int, split: Split, stream: Stream, weight: float, keep: np.ndarray | None
-    ) -> Iterator[Lesson]:
+        self, agent: Any, step: int, episodes: Episodes, weight: float, keep: np.ndarray | None,
+        *, prefix: str = "",
+    ) -> Iterator[Lesson]:  # fmt: skip
         learn, accelerator = self._config.learn, self._accelerator
-        rows = stream.rows(step * learn.batch_size, learn.batch_size)
-        episodes = split.episodes.rows(rows[accelerator.process_index :: accelerator.num_processes])
         options: dict[str, Any] = {
             "max_steps": learn.max_steps, "noise": Noise(self._config.run.seed, step), "keep": keep,
             "sample_share": learn.sample_share, "discount": learn.discount,
             "entropy_weight": learn.entropy_weight,
         }  # fmt: skip
-        prefix = "extra_" if split.name == "extra" else ""
         with accelerator.autocast():
             found = rollout(
                 agent, self._surroundings, episodes, feedback=learn.feedback, imitate=True, **options
