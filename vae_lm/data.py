@@ -200,7 +200,7 @@ def _arrow_texts(path: Path, column: str) -> Iterator[str]:
         if column in names:
             for batch in batches(columns=[column]):
                 yield from (str(text) for text in batch.column(column).to_pylist() if text is not None)
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, OSError) as error:  # a cut stream is the latter
         raise ValueError(f"{path} is damaged ({error}): copy it again") from error
     if column not in names:
         raise ValueError(f"{path} has no column {column!r} but {', '.join(names)}: see --column")
