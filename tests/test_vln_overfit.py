@@ -91,7 +91,7 @@ def test_a_run_is_scored_on_any_split(run, houses, capsys, tmp_path):
         str(scores),
     ]
     evaluate.main([*given, "--submission-out", str(submission), "--max-steps", "8", "--avoid-loops"])
-    assert "r2r val_unseen: 24 items, nothing to refuse" in capsys.readouterr().out
+    assert "r2r val_unseen, greedy: 24 items, nothing to refuse" in capsys.readouterr().out
     assert scores.is_file() and submission.is_file()
     evaluate.main([str(submission), "--data", str(houses), "--split", "val_unseen", "--out", str(scores)])
 
