@@ -10,6 +10,7 @@ beside the fine-tuning, by which nothing is chosen.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ SEEN = {"r2r": "val_seen", "ndh": "val_seen", "hanna": "val_seen_env"}
 CHOSEN_BY = {"r2r": "val_seen/spl", "ndh": "val_seen/goal_progress", "hanna": "val_seen_env/spl"}
 """What the best agent of a run is best in: houses that it knows."""
 
+REAL_ARMS, RANDOM = ("a", "c"), "random:64"
 NUM_SEEN = 120
 """Training houses: in few, paths are learnt by heart."""
 
@@ -116,6 +118,43 @@ def _seed_jobs(world: Path, runs: Path, seed: int, lengths: Lengths, tasks: Sequ
             yield from _agent_jobs(task, arm, world, runs, seed, lengths)
 
 
+def real_jobs(data: Path, tokenizer: str, runs: Path, seeds: Sequence[int], lengths: Lengths) -> list[Job]:
+    """R2R's own graphs and instructions, with a fixed random vector for each view: arms (a) and (c).
+
+    Such vectors say nothing of a scan that was not trained on, so that `val_seen` is the only split.
+
+    Args:
+        data: folder with connectivity and R2R items.
+        tokenizer: folder of one.
+        runs: folder of the run folders.
+        seeds: of the runs.
+        lengths: of the runs.
+    """
+    jobs: list[Job] = []
+    for seed in seeds:
+        common = [
+            "houses", "--data", str(data), "--tokenizer", tokenizer, "--features", RANDOM, "--feature-scale",
+            "1", "--max-tokens", "80", "--val-splits", "val_seen", "--seed", str(seed),
+        ]  # fmt: skip
+        model = runs / f"real-pretrain-c-{seed}"
+        jobs.append(_training(model, (), ["vln.pretrain", *common], lengths.pretrain_steps))
+        for arm in REAL_ARMS:
+            folder, needs = runs / f"real-{arm}-{seed}", (model.name,) if arm == "c" else ()
+            words = [
+                "vln.train", *common, "--select", "val_seen/spl", "--eval-every",
+                str(max(lengths.steps // 5, 1)), "--maps", "0",
+            ]  # fmt: skip
+            words += ["--pretrained", str(model)] if needs else []
+            jobs.append(_training(folder, needs, words, lengths.steps))
+            scores = scores_file(runs, "real", arm, seed, "val_seen")
+            words = [
+                "vln.evaluate", str(folder), "--data", str(data), "--split", "val_seen", "--features",
+                RANDOM, "--max-steps", "12", "--submission-out", str(_submission(scores)), "--out", str(scores),
+            ]  # fmt: skip
+            jobs.append(Job(scores.name, (folder.name,), partial(list, words), scores.is_file))
+    return jobs
+
+
 def _agent_jobs(task: str, arm: str, world: Path, runs: Path, seed: int, lengths: Lengths) -> Iterator[Job]:
     folder, model = runs / f"{task}-{arm}-{seed}", runs / f"pretrain-{arm}-{seed}"
     words = [
@@ -128,7 +167,7 @@ def _agent_jobs(task: str, arm: str, world: Path, runs: Path, seed: int, lengths
         def steps() -> int:
             if (folder / "config.json").is_file():  # begun before
                 return int(load_config(folder)["run"]["steps"])
-            return lengths.steps + round(seconds_of(trained) / seconds_of(plain) * lengths.steps)
+            return lengths.steps + math.ceil(seconds_of(trained) / seconds_of(plain) * lengths.steps)
 
         yield _training(folder, (plain.name, trained.name), words, steps)
     elif arm == "a":
@@ -137,10 +176,10 @@ def _agent_jobs(task: str, arm: str, world: Path, runs: Path, seed: int, lengths
         yield _training(folder, (model.name,), [*words, "--pretrained", str(model)], lengths.steps)
     for split in (SEEN[task], UNSEEN[task]):
         scores = scores_file(runs, task, arm, seed, split)
-        walked = scores.with_name(scores.name.replace(".scores", ""))
         told = [
             "vln.evaluate", str(folder), "--data", str(world), "--split", split, "--max-steps",
-            "24" if task == "hanna" else "12", "--submission-out", str(walked), "--out", str(scores),
+            "24" if task == "hanna" else "12", "--submission-out", str(_submission(scores)),
+            "--out", str(scores),
         ]  # fmt: skip
         yield Job(scores.name, (folder.name,), partial(list, told), scores.is_file)
 
@@ -148,6 +187,10 @@ def _agent_jobs(task: str, arm: str, world: Path, runs: Path, seed: int, lengths
 def scores_file(runs: Path, task: str, arm: str, seed: int, split: str) -> Path:
     """Where the scores of an agent are."""
     return runs / f"{task}-{arm}-{seed}.{split}.scores.json"
+
+
+def _submission(scores: Path) -> Path:
+    return scores.with_name(scores.name.replace(".scores", ""))
 
 
 def _training(folder: Path, after: tuple[str, ...], words: list[str], steps: int | Callable[[], int]) -> Job:
@@ -234,6 +277,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other, on one thread each")
+    parser.add_argument("--real", type=Path, help="folder of R2R itself, learnt with random features, too")
+    parser.add_argument("--tokenizer", default="tokenizer", help="for --real: a folder there, or any other")
     options = parser.parse_args(arguments)
     world, lengths = options.runs / "world", Lengths()
     try:
@@ -241,10 +286,14 @@ def main(arguments: list[str] | None = None) -> None:
             words = [sys.executable, "-m", "vln.houses", "--num-seen", str(NUM_SEEN), "--out", str(world)]
             subprocess.run(words, check=True)
         jobs = make_jobs(world, options.runs, options.seeds, lengths, options.tasks)
+        if options.real:
+            jobs += real_jobs(options.real, options.tokenizer, options.runs, options.seeds, lengths)
         for line in run_jobs(jobs, options.runs / "logs", workers=options.workers):
             print(line, flush=True)
         arms = {task: TASKS[task] for task in options.tasks}
-        splits = {task: (SEEN[task], UNSEEN[task]) for task in options.tasks}
+        splits: dict[str, tuple[str, ...]] = {task: (SEEN[task], UNSEEN[task]) for task in options.tasks}
+        if options.real:
+            arms["real"], splits["real"] = REAL_ARMS, ("val_seen",)
         print(f"written to {write(options.runs, options.out, options.seeds, arms, ARMS, splits)}")
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -42,11 +42,13 @@ COLUMNS = {
         Column("requests", "num_requests", 1.0),
     ),
 }  # fmt: skip
+COLUMNS["real"] = COLUMNS["r2r"]
 PAIRS = {
     "r2r": (("c", "a"), ("d", "c"), ("d", "a"), ("b", "a"), ("c", "b"), ("a+", "a"), ("c", "a+"), ("c+", "c"),
             ("d", "c+")),
     "ndh": (("d", "a"),),
     "hanna": (("d", "a"),),
+    "real": (("c", "a"),),
 }  # fmt: skip
 """Arms that are set beside each other; those that must differ come first."""
 
@@ -115,7 +117,7 @@ def read_scores(files: Sequence[Path], task: str) -> Scores:
     found = []
     for file in files:
         items = json.loads(file.read_text())["items"]
-        found.append(items["trusted_path" if task == "ndh" else task])
+        found.append(items[{"ndh": "trusted_path", "real": "r2r"}.get(task, task)])
     names = tuple(found[0])
     for file, items in zip(files, found, strict=True):
         if tuple(items) != names:
@@ -185,6 +187,7 @@ def draw_curves(runs: Path, seeds: Sequence[int], tasks: Mapping[str, Sequence[s
         "r2r": ("val_unseen/success", "R2R: SR, %", 100.0),
         "ndh": ("val_unseen/goal_progress", "NDH: GP, m", 1.0),
         "hanna": ("val_unseen_all/success", "HANNA: SR, %", 100.0),
+        "real": ("val_seen/success", "R2R's own, random features: SR, %", 100.0),
     }
     figure = Figure(figsize=(5.2 * len(tasks), 3.6), layout="constrained")
     for axis, (task, arms) in zip(
@@ -202,7 +205,7 @@ def draw_curves(runs: Path, seeds: Sequence[int], tasks: Mapping[str, Sequence[s
                 steps, values.min(axis=0), values.max(axis=0), alpha=0.12, color=line[0].get_color()
             )
         axis.set_xlabel("steps of fine-tuning")
-        axis.set_title(f"{title}, unseen houses")
+        axis.set_title(f"{title}, {key.partition('/')[0]}")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=100)
@@ -339,12 +342,17 @@ def provenance_table(folders: Sequence[Path]) -> list[str]:
     return lines
 
 
-TITLES = {"r2r": "R2R", "ndh": "NDH", "hanna": "HANNA"}
+TITLES = {
+    "r2r": "R2R",
+    "ndh": "NDH",
+    "hanna": "HANNA",
+    "real": "R2R's own scans and instructions, a fixed random vector for each view",
+}
 
 
 def write(
     runs: Path, out: Path, seeds: Sequence[int], tasks: Mapping[str, Sequence[str]],
-    labels: Mapping[str, str], splits: Mapping[str, tuple[str, str]],
+    labels: Mapping[str, str], splits: Mapping[str, tuple[str, ...]],
 ) -> Path:  # fmt: skip
     """Report, pictures and numbers of finished runs.
 
@@ -354,7 +362,7 @@ def write(
         seeds: of the runs.
         tasks: arms by task.
         labels: of the arms.
-        splits: by task, that of known and that of unseen houses.
+        splits: by task, that of known and that of unseen houses, if there is one.
 
     Returns:
         The report.
@@ -363,14 +371,14 @@ def write(
     lines, numbers = _head(runs, seeds), dict[str, Any]()
     for task, arms in tasks.items():
         lines += [f"## {TITLES[task]}", ""]
-        for split, where in zip(splits[task], ("known", "unseen"), strict=True):
+        for split, where in zip(splits[task], ("known", "unseen"), strict=False):
             scores = {
                 arm: read_scores([runs / f"{task}-{arm}-{seed}.{split}.scores.json" for seed in seeds], task)
                 for arm in arms
             }
             count = len(next(iter(scores.values())).names)
             differences, found = difference_table(task, scores)
-            lines += [f"### {split}: {where} houses, {count:,} instructions", ""]
+            lines += [f"### {split}: {where} scans, {count:,} instructions", ""]
             lines += [*score_table(task, scores, labels), "", *differences, ""]
             numbers[f"{task}/{split}"] = {
                 "means": {arm: {field: value.mean(axis=1).tolist() for field, value in row.values.items()}

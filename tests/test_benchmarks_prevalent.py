@@ -10,7 +10,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.prevalent import ARMS, SEEN, TASKS, UNSEEN, Job, Lengths, make_jobs, run_jobs
+from benchmarks.prevalent import (
+    ARMS,
+    REAL_ARMS,
+    SEEN,
+    TASKS,
+    UNSEEN,
+    Job,
+    Lengths,
+    make_jobs,
+    real_jobs,
+    run_jobs,
+)
 from benchmarks.prevalent_report import paired_interval, path_of, read_scores, write
 from vln import pretrain_data, speaker_data
 from vln.features import FeatureStore
@@ -31,7 +42,8 @@ def finished(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("ACCELERATE_USE_CPU", "1")
     torch.set_num_threads(1)
-    for job in make_jobs(runs / "world", runs, [0], TINY, list(TASKS)):
+    jobs = make_jobs(runs / "world", runs, [0], TINY, list(TASKS))
+    for job in [*jobs, *real_jobs(runs / "world", "tokenizer", runs, [0], TINY)]:
         scans = seen.setdefault(job.name, set())
 
         def recorded(self, scan_ids, viewpoint_ids, scans=scans):
@@ -53,6 +65,7 @@ def finished(tmp_path_factory):
 def test_speaker_sampling_and_pre_training_never_see_unseen_houses(finished):
     _, seen = finished
     before = {name: scans for name, scans in seen.items() if name.startswith(("speaker", "told", "pretrain"))}
+    assert not any(seen[name] for name in seen if name.startswith("real"))  # random vectors, no store
     assert sorted(before) == ["pretrain-b-0", "pretrain-c+-0", "pretrain-c-0", "pretrain-d-0", "speaker-0",
                               "told-0.json"]  # fmt: skip
     for name, scans in before.items():
@@ -73,8 +86,10 @@ def test_items_of_unseen_houses_are_not_even_opened_for_the_pre_training(finishe
 
 def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
     runs, _ = finished
-    splits = {task: (SEEN[task], UNSEEN[task]) for task in TASKS}
-    text = write(runs, tmp_path, [0], TASKS, ARMS, splits).read_text()
+    splits = {task: (SEEN[task], UNSEEN[task]) for task in TASKS} | {"real": ("val_seen",)}
+    text = write(runs, tmp_path, [0], TASKS | {"real": REAL_ARMS}, ARMS, splits).read_text()
+    assert set(json.loads((tmp_path / "results.json").read_text())["real/val_seen"]["means"]) == {"a", "c"}
+    assert "random vector for each view" in text and "real/val_unseen" not in text
     for arm, label in ARMS.items():
         assert f"| ({arm}) | {label} |" in text
     scores = json.loads((runs / "r2r-d-0.val_unseen.scores.json").read_text())["scores"]["r2r"]
