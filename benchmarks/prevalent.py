@@ -167,7 +167,8 @@ def _agent_jobs(task: str, arm: str, world: Path, runs: Path, seed: int, lengths
         def steps() -> int:
             if (folder / "config.json").is_file():  # begun before
                 return int(load_config(folder)["run"]["steps"])
-            return lengths.steps + math.ceil(seconds_of(trained) / seconds_of(plain) * lengths.steps)
+            share = seconds_of(trained) / seconds_of(plain)
+            return lengths.steps + math.ceil(share * lengths.steps)
 
         yield _training(folder, (plain.name, trained.name), words, steps)
     elif arm == "a":
