@@ -149,7 +149,8 @@ def real_jobs(data: Path, tokenizer: str, runs: Path, seeds: Sequence[int], leng
             scores = scores_file(runs, "real", arm, seed, "val_seen")
             words = [
                 "vln.evaluate", str(folder), "--data", str(data), "--split", "val_seen", "--features",
-                RANDOM, "--max-steps", "12", "--submission-out", str(_submission(scores)), "--out", str(scores),
+                RANDOM, "--max-steps", "12", "--submission-out", str(_submission(scores)),
+                "--out", str(scores),
             ]  # fmt: skip
             jobs.append(Job(scores.name, (folder.name,), partial(list, words), scores.is_file))
     return jobs
