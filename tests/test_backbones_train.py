@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -568,9 +569,9 @@ def test_tensorboard_receives_the_logged_values(tmp_path):
 
 
 def test_a_missing_tracker_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    find = train_setup.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        train_setup.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "wandb" else find(name, *rest),
     )
