@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.prevalent_report import seconds_of, write
+from benchmarks.prevalent_report import add_processor_seconds, processor_seconds, write
 from fq.run import load_config, newest_checkpoint
 
 ARMS = {
@@ -39,6 +40,9 @@ UNSEEN = {"r2r": "val_unseen", "ndh": "val_unseen", "hanna": "val_unseen_all"}
 SEEN = {"r2r": "val_seen", "ndh": "val_seen", "hanna": "val_seen_env"}
 CHOSEN_BY = {"r2r": "val_seen/spl", "ndh": "val_seen/goal_progress", "hanna": "val_seen_env/spl"}
 """What the best agent of a run is best in: houses that it knows."""
+
+DECIDING = ("a", "c", "d")
+"""What the experiment is for; the other arms are run behind these, of all seeds."""
 
 REAL_ARMS, RANDOM = ("a", "c"), "random:64"
 NUM_SEEN = 120
@@ -72,6 +76,8 @@ class Job(NamedTuple):
     words: Callable[[], list[str]]
     """The command without Python, made when those are there."""
     finished: Callable[[], bool]
+    late: bool = False
+    """Whether to run it behind those that are not late."""
 
 
 def make_jobs(
@@ -89,10 +95,13 @@ def make_jobs(
     Returns:
         The jobs, each behind those that it needs.
     """
-    return [job for seed in seeds for job in _seed_jobs(world, runs, seed, lengths, tasks)]
+    jobs = [job for seed in seeds for job in _seed_jobs(world, runs, seed, seeds, lengths, tasks)]
+    return sorted(jobs, key=lambda job: job.late)
 
 
-def _seed_jobs(world: Path, runs: Path, seed: int, lengths: Lengths, tasks: Sequence[str]) -> Iterator[Job]:
+def _seed_jobs(
+    world: Path, runs: Path, seed: int, seeds: Sequence[int], lengths: Lengths, tasks: Sequence[str]
+) -> Iterator[Job]:
     told = runs / f"told-{seed}.json"
     common = ("--data", str(world), "--seed", str(seed))
     blind = ("--val-splits", "val_seen")  # not even evaluated on what agents have never seen
@@ -112,10 +121,12 @@ def _seed_jobs(world: Path, runs: Path, seed: int, lengths: Lengths, tasks: Sequ
         if arm == "d" or "r2r" in tasks:
             needs = (told.name,) if arm == "d" else ()
             words_of = ["vln.pretrain", "houses", *common, *blind, *more]
-            yield _training(runs / f"pretrain-{arm}-{seed}", needs, words_of, steps)
+            job = _training(runs / f"pretrain-{arm}-{seed}", needs, words_of, steps)
+            yield job._replace(late=arm not in DECIDING)
     for task in tasks:
         for arm in TASKS[task]:
-            yield from _agent_jobs(task, arm, world, runs, seed, lengths)
+            for job in _agent_jobs(task, arm, world, runs, seed, seeds, lengths):
+                yield job._replace(late=arm not in DECIDING)
 
 
 def real_jobs(data: Path, tokenizer: str, runs: Path, seeds: Sequence[int], lengths: Lengths) -> list[Job]:
@@ -156,22 +167,25 @@ def real_jobs(data: Path, tokenizer: str, runs: Path, seeds: Sequence[int], leng
     return jobs
 
 
-def _agent_jobs(task: str, arm: str, world: Path, runs: Path, seed: int, lengths: Lengths) -> Iterator[Job]:
+def _agent_jobs(
+    task: str, arm: str, world: Path, runs: Path, seed: int, seeds: Sequence[int], lengths: Lengths
+) -> Iterator[Job]:
     folder, model = runs / f"{task}-{arm}-{seed}", runs / f"pretrain-{arm}-{seed}"
     words = [
         "vln.train", "houses", "--task", task, "--data", str(world), "--seed", str(seed),
         "--select", CHOSEN_BY[task], "--eval-every", str(max(lengths.steps // 5, 1)), "--maps", "0",
     ]  # fmt: skip
     if arm == "a+":
-        plain, trained = runs / f"{task}-a-{seed}", runs / f"pretrain-c-{seed}"
+        plain = tuple(f"{task}-a-{each}" for each in seeds)
+        trained = tuple(f"pretrain-c-{each}" for each in seeds)
 
         def steps() -> int:
             if (folder / "config.json").is_file():  # begun before
                 return int(load_config(folder)["run"]["steps"])
-            share = seconds_of(trained) / seconds_of(plain)
+            share = processor_seconds(runs, trained) / processor_seconds(runs, plain)
             return lengths.steps + math.ceil(share * lengths.steps)
 
-        yield _training(folder, (plain.name, trained.name), words, steps)
+        yield _training(folder, (*plain, *trained), words, steps)
     elif arm == "a":
         yield _training(folder, (), words, lengths.steps)
     else:
@@ -212,12 +226,12 @@ def _reached(folder: Path) -> int:
     return 0 if newest is None else int(newest.name.removeprefix("step_"))
 
 
-def run_jobs(jobs: Sequence[Job], logs: Path, *, workers: int) -> Iterator[str]:
+def run_jobs(jobs: Sequence[Job], runs: Path, *, workers: int) -> Iterator[str]:
     """Run what is not finished, some at a time on one thread each, what others need first.
 
     Args:
         jobs: each behind those that it needs.
-        logs: folder for what they print.
+        runs: folder of the run folders; ``logs`` in it gets what they print and their processor time.
         workers: jobs beside each other.
 
     Yields:
@@ -226,6 +240,7 @@ def run_jobs(jobs: Sequence[Job], logs: Path, *, workers: int) -> Iterator[str]:
     Raises:
         RuntimeError: a job failed; its log says why. Those that run beside it are ended.
     """
+    logs = runs / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     waiting, done = list(jobs), set[str]()
     processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -240,7 +255,9 @@ def run_jobs(jobs: Sequence[Job], logs: Path, *, workers: int) -> Iterator[str]:
             processes[job.name] = process = subprocess.Popen(
                 [sys.executable, "-m", *job.words()], env=os.environ | threads, stdout=output, stderr=output
             )
-            code = process.wait()
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = code = os.waitstatus_to_exitcode(status)
+        add_processor_seconds(runs, job.name, used.ru_utime + used.ru_stime)
         if code and not stopping.is_set():
             raise RuntimeError(f"{job.name} ended with code {code}: see {logs / f'{job.name}.log'}")
         return f"{job.name}: {(time.perf_counter() - start) / 60:.1f} minutes"
@@ -261,7 +278,8 @@ def run_jobs(jobs: Sequence[Job], logs: Path, *, workers: int) -> Iterator[str]:
         finally:
             stopping.set()
             for process in processes.values():
-                process.terminate()
+                if process.returncode is None:
+                    os.kill(process.pid, signal.SIGTERM)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -290,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
         jobs = make_jobs(world, options.runs, options.seeds, lengths, options.tasks)
         if options.real:
             jobs += real_jobs(options.real, options.tokenizer, options.runs, options.seeds, lengths)
-        for line in run_jobs(jobs, options.runs / "logs", workers=options.workers):
+        for line in run_jobs(jobs, options.runs, workers=options.workers):
             print(line, flush=True)
         arms = {task: TASKS[task] for task in options.tasks}
         splits: dict[str, tuple[str, ...]] = {task: (SEEN[task], UNSEEN[task]) for task in options.tasks}

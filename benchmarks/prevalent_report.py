@@ -284,7 +284,7 @@ def draw_maps(runs: Path, seed: int, scores: Mapping[str, Scores], row: int, out
 def effort(runs: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[str]:
     """What each arm of R2R cost: pre-training and fine-tuning, means over seeds."""
     lines = [
-        "| arm | triplets seen | pre-training, minutes | fine-tuning, steps | minutes |",
+        "| arm | triplets seen | pre-training, processor minutes | fine-tuning, steps | processor minutes |",
         "|---|---|---|---|---|",
     ]
     for arm in arms:
@@ -296,22 +296,33 @@ def effort(runs: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[str]:
             optim = config["optim"]
             seen = f"{config['run']['steps'] * optim['batch_size'] * optim['accumulation']:,}"
         steps = np.mean([load_config(folder)["run"]["steps"] for folder in tuned])
-        cost = [np.mean([seconds_of(folder) for folder in folders]) / 60 if folders else 0.0
+        cost = [processor_seconds(runs, [folder.name for folder in folders]) / 60 if folders else 0.0
                 for folders in (before, tuned)]  # fmt: skip
         lines.append(f"| ({arm}) | {seen} | {cost[0]:.1f} | {steps:.0f} | {cost[1]:.1f} |")
     return lines
 
 
-def seconds_of(folder: Path) -> float:
-    """What the steps of a finished run took, evaluations left out."""
-    lines = [line for line in read_metrics(folder) if "seconds_per_step" in line]
-    done = [0, *(int(line["step"]) for line in lines)]
-    return float(
-        sum(
-            (after - before) * line["seconds_per_step"]
-            for before, after, line in zip(done, done[1:], lines, strict=False)
+def add_processor_seconds(runs: Path, name: str, seconds: float) -> None:
+    """Add to the processor time of a job: a run that is resumed takes several processes."""
+    file = runs / "logs" / f"{name}.seconds"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = float(file.read_text()) if file.is_file() else 0.0
+    write_atomically(file, f"{before + seconds:.1f}\n")
+
+
+def processor_seconds(runs: Path, names: Sequence[str]) -> float:
+    """Mean processor time of jobs, of those whose time is known: other work on the machine is not in it.
+
+    Raises:
+        ValueError: it is known of none.
+    """
+    files = [file for name in names if (file := runs / "logs" / f"{name}.seconds").is_file()]
+    if not files:
+        raise ValueError(
+            f"the processor time of {', '.join(names)} is not known, runs/logs/*.seconds are missing: "
+            "run one of them anew"
         )
-    )
+    return float(np.mean([float(file.read_text()) for file in files]))
 
 
 def spoken(runs: Path, seeds: Sequence[int]) -> list[str]:

@@ -1,6 +1,7 @@
 """The pre-training experiment: what sees which houses, order of the runs, paired intervals, the report."""
 
 import json
+import math
 import os
 import sys
 from importlib import import_module
@@ -22,7 +23,14 @@ from benchmarks.prevalent import (
     real_jobs,
     run_jobs,
 )
-from benchmarks.prevalent_report import paired_interval, path_of, read_scores, write
+from benchmarks.prevalent_report import (
+    add_processor_seconds,
+    paired_interval,
+    path_of,
+    processor_seconds,
+    read_scores,
+    write,
+)
 from vln import pretrain_data, speaker_data
 from vln.features import FeatureStore
 from vln.houses import main as make_houses
@@ -57,6 +65,7 @@ def finished(tmp_path_factory):
         patch.setattr(sys, "orig_argv", [sys.executable, "-m", module, *words])  # for the provenance
         import_module(module).main(words)
         assert job.finished(), job.name
+        add_processor_seconds(runs, job.name, 8.0 if job.name.startswith("pretrain") else 3.0)
     patch.undo()
     torch.set_num_threads(threads)
     return runs, seen
@@ -106,11 +115,36 @@ def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
 
 def test_longer_fine_tuning_takes_the_time_of_the_pre_training_and_keeps_its_length(finished):
     runs, _ = finished
-    config = json.loads((runs / "r2r-a+-0" / "config.json").read_text())
-    jobs = {job.name: job for job in make_jobs(runs / "world", runs, [0], TINY, ["r2r"])}
-    words = jobs["r2r-a+-0"].words()
-    assert int(words[words.index("--steps") + 1]) == config["run"]["steps"] > TINY.steps
-    assert jobs["r2r-a+-0"].after == ("r2r-a-0", "pretrain-c-0")
+    jobs = {job.name: job for job in make_jobs(runs / "world", runs, [0, 1], TINY, ["r2r"])}
+
+    def steps(name):
+        words = jobs[name].words()
+        return int(words[words.index("--steps") + 1])
+
+    longer = math.ceil(TINY.steps * (1 + 8 / 3))  # processor seconds of the one and the other
+    assert json.loads((runs / "r2r-a+-0" / "config.json").read_text())["run"]["steps"] == longer
+    assert steps("r2r-a+-1") == longer
+    assert jobs["r2r-a+-1"].after == ("r2r-a-0", "r2r-a-1", "pretrain-c-0", "pretrain-c-1")
+    add_processor_seconds(runs, "pretrain-c-1", 16.0)  # known of two seeds: their mean
+    assert steps("r2r-a+-0") == longer and steps("r2r-a+-1") == math.ceil(TINY.steps * (1 + 12 / 3))
+    (runs / "logs" / "pretrain-c-1.seconds").unlink()
+
+
+def test_processor_time_adds_up_over_processes_and_a_missing_one_is_named(tmp_path):
+    job = Job("twice", (), lambda: ["timeit", "-n", "1", "-r", "1", "sum(range(10**7))"], lambda: False)
+    list(run_jobs([job], tmp_path, workers=1))
+    once = processor_seconds(tmp_path, ["twice", "other"])
+    list(run_jobs([job], tmp_path, workers=1))
+    assert 0.05 < once < processor_seconds(tmp_path, ["twice"])
+    with pytest.raises(ValueError, match="processor time of other, else is not known"):
+        processor_seconds(tmp_path, ["other", "else"])
+
+
+def test_arms_that_decide_come_first_for_all_seeds(tmp_path):
+    jobs = make_jobs(tmp_path / "world", tmp_path, [0, 1], TINY, list(TASKS))
+    names = [job.name for job in jobs]
+    assert names.index("hanna-d-1.val_unseen_all.scores.json") < names.index("pretrain-b-0")
+    assert all(set(job.after) <= set(names[:number]) for number, job in enumerate(jobs))
 
 
 def test_jobs_wait_for_what_they_need_and_finished_ones_are_not_run(tmp_path):
@@ -124,7 +158,7 @@ def test_jobs_wait_for_what_they_need_and_finished_ones_are_not_run(tmp_path):
         return Job(name, after, words_of, lambda: done)
 
     jobs = [job("first"), job("old", done=True), job("last", "first", "old"), job("middle")]
-    lines = list(run_jobs(jobs, tmp_path / "logs", workers=2))
+    lines = list(run_jobs(jobs, tmp_path, workers=2))
     assert "old: finished before" in lines and len(lines) == 4
     assert sorted(made) == ["first", "last", "middle"] and made.index("last") > made.index("first")
     assert "Zen of Python" in (tmp_path / "logs" / "first.log").read_text()
