@@ -97,6 +97,14 @@ def test_start_and_goal_of_any_episode_are_inside_the_picture(graph, size, data)
         assert any(f.x0 <= x <= f.x1 and f.y0 <= height - y <= f.y1 for f in frames)
 
 
+def test_a_long_corridor_has_room_for_two_marks_beside_each_other():
+    graph = graph_of([(0, 0, 0), (0, 80, 0)], [])
+    drawn = draw_episode(graph, episode(graph, 1, predicted=graph.viewpoint_ids, heading=1.0, text="Go."))
+    (x, y), frame = drawn.marks["end"][0], drawn.figure.axes[0].get_window_extent()
+    assert frame.x0 + 10 < x < frame.x1 - 10 and frame.y0 < drawn.size[1] - y < frame.y1
+    assert abs(x - drawn.marks["start"][0][0]) > 10
+
+
 def test_marks_are_drawn_where_they_are_said_to_be(tmp_path):
     graph = house()
     seen = episode(graph, 0, 1, 2, predicted=("house-0", "house-3", "house-3"))

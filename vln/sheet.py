@@ -59,8 +59,9 @@ class Area(NamedTuple):
 
 
 def area_around(positions: np.ndarray, margin: float, least: float) -> Area:
-    """Area about positions ``[N, 2 or 3]`` with a margin, at least so many metres each way."""
+    """Area about positions ``[N, 2 or 3]`` with a margin, at least so many metres each way, and no strip."""
     low, high = positions[:, :2].min(axis=0) - margin, positions[:, :2].max(axis=0) + margin
+    least = max(least, float((high - low).max()) / 5)  # marks beside each other need room on the panel
     short = np.maximum(least - (high - low), 0) / 2
     (left, bottom), (right, top) = low - short, high + short
     return Area(float(left), float(right), float(bottom), float(top))
