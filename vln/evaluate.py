@@ -20,7 +20,7 @@ import tyro
 
 from fq.provenance import provenance
 from fq.run import write_atomically
-from vln.data import HannaTask, NDHItem, R2RItem, read_hanna, read_ndh, read_r2r
+from vln.data import HannaTask, NDHItem, R2RItem, RxRItem, read_hanna, read_ndh, read_r2r, read_r4r, read_rxr
 from vln.evaluate_config import EvaluateConfig, WalkConfig
 from vln.evaluate_provenance import setting_of
 from vln.metrics import HannaScores, NDHScores, R2RScores, mean_scores, score_hanna, score_ndh, score_r2r
@@ -31,7 +31,9 @@ __all__ = ["COLUMNS", "EvaluateConfig", "WalkConfig", "evaluate", "main", "table
 
 Scores = R2RScores | NDHScores | HannaScores
 
-_READERS: dict[str, Callable[..., Sequence[Any]]] = {"r2r": read_r2r, "ndh": read_ndh, "hanna": read_hanna}
+_READERS: dict[str, Callable[..., Sequence[Any]]] = {
+    "r2r": read_r2r, "r4r": read_r4r, "rxr": read_rxr, "ndh": read_ndh, "hanna": read_hanna,
+}  # fmt: skip
 _SHOWN = 10
 """Faults that an error message lists."""
 
@@ -53,10 +55,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config: see :class:`EvaluateConfig`.
 
     Returns:
-        ``{"submission", "task", "split", "setting", "num_items", "scores", "items", "provenance"}``.
+        ``{"submission", "task", "dataset", "split", "setting", "num_items", "scores", "items",
+        "provenance"}``.
         ``setting`` is greedy, search or pre-explored where an agent of ours walked, else ``None``. ``scores``
-        has for every way to score (one, but for NDH one a path type) the mean scores, ``items`` the same for
-        every item; both are empty for a split without goals.
+        has for every way to score the mean scores (one, named like the data set; for NDH one a path type),
+        ``items`` the same for every item; both are empty for a split without goals.
 
     Raises:
         FileNotFoundError: submission, items or graphs are missing.
@@ -64,7 +67,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     submission = read_submission(config.submission)
     source, split = (config.items, None) if config.items else (config.data, config.split)
-    items = _READERS[submission.task](source, split)
+    dataset = config.dataset if submission.task == "r2r" else submission.task
+    if config.dataset not in ("r2r", dataset):
+        raise ValueError(f"{config.submission} is for {submission.task}, not for {config.dataset}")
+    items = _READERS[dataset](source, split)
     graphs = load_graphs(config.graphs or config.data, sorted({item.scan_id for item in items}))
     faults = find_faults(submission, items, graphs)
     if faults and not config.lenient:
@@ -74,10 +80,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"{number} {kind}" for kind, number in Counter(fault.kind for fault in faults).items()
         )
         raise ValueError(f"{config.submission} would be refused ({kinds}):\n{shown}{more}")
-    scores = _score(submission, items, graphs, deduplicate=config.deduplicate)
+    scores = _score(submission, dataset, items, graphs, deduplicate=config.deduplicate)
     return {
         "submission": config.submission,
         "task": submission.task,
+        "dataset": dataset,
         "split": config.items or config.split,
         "setting": setting_of(config.submission),
         "num_items": len(items)
@@ -93,13 +100,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _score(
-    submission: Submission, items: Sequence[Any], graphs: Mapping[str, NavGraph], *, deduplicate: bool
+    submission: Submission,
+    dataset: str,
+    items: Sequence[Any],
+    graphs: Mapping[str, NavGraph],
+    *,
+    deduplicate: bool,
 ) -> dict[str, Scores]:
     """Scores by their way of scoring; none for a split without goals."""
     if not any(_has_goal(item) for item in items):
         return {}
     if submission.task == "r2r":
-        return {"r2r": score_r2r(submission.paths, items, graphs, deduplicate=deduplicate)}
+        found = score_r2r(
+            submission.paths, items, graphs, deduplicate=deduplicate, annotated_length=dataset == "r4r"
+        )
+        return {dataset: found}
     if submission.task == "hanna":
         return {"hanna": score_hanna(submission.results, items, graphs)}
     return {
@@ -108,7 +123,7 @@ def _score(
     }
 
 
-def _has_goal(item: R2RItem | NDHItem | HannaTask) -> bool:
+def _has_goal(item: R2RItem | RxRItem | NDHItem | HannaTask) -> bool:
     if isinstance(item, NDHItem):
         return bool(item.end_panos and item.planner_path)
     return isinstance(item, HannaTask) or item.distance is not None or len(item.path) > 1
@@ -164,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     target = config.out or f"{config.submission}.scores.json"
     verdict = f"{result['num_faults']} faults passed over" if result["num_faults"] else "nothing to refuse"
     setting = f", {result['setting']}" if result["setting"] else ""
-    print(f"{result['task']} {result['split']}{setting}: {result['num_items']} items, {verdict}")
+    print(f"{result['dataset']} {result['split']}{setting}: {result['num_items']} items, {verdict}")
     if not result["scores"]:
         print("the items have starts alone: checked, not scored")
         return

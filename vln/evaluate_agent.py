@@ -50,8 +50,9 @@ def walk(config: EvaluateConfig) -> Path:
     """
     run, options, setting = Path(config.submission), config.agent, config.setting
     loaded = load_agent(run)
-    if setting.name != "greedy" and loaded.task != "r2r":
-        raise ValueError(f"{run} holds an agent for {loaded.task}: {setting.name} is for those of R2R")
+    if loaded.task != "r2r" and (setting.name != "greedy" or config.dataset != "r2r"):
+        wanted = config.dataset if setting.name == "greedy" else setting.name
+        raise ValueError(f"{run} holds an agent for {loaded.task}: {wanted} is for those of R2R")
     ending = "" if setting.name == "greedy" else f".{setting.name}"
     target = Path(options.submission_out or run / f"{config.split}{ending}.json")
     if not target.absolute().parent.is_dir():
@@ -72,7 +73,8 @@ def exploration_folder(submission: Path) -> Path:
 def _walk(config: EvaluateConfig, loaded: Loaded, target: Path) -> list[Prediction]:
     """Rows of an R2R or NDH submission."""
     options, setting = config.agent, config.setting
-    items = read_items(config.items or config.data, _dataset(loaded), None if config.items else config.split)
+    dataset: Any = "ndh" if loaded.task == "ndh" else config.dataset
+    items = read_items(config.items or config.data, dataset, None if config.items else config.split)
     scans = sorted({item.scan_id for item in items})
     world = World(load_graphs(config.graphs or config.data, scans))
     surroundings = open_surroundings(config, loaded, world)
@@ -156,10 +158,6 @@ def _walk_and_ask(config: EvaluateConfig, loaded: Loaded) -> list[dict[str, Any]
         batch_size=config.agent.batch_size, max_steps=config.agent.max_steps or _MAX_STEPS["hanna"],
     )  # fmt: skip
     return submission_rows([row for row, _ in found], [result for _, result in found])
-
-
-def _dataset(loaded: Loaded) -> Any:
-    return "ndh" if loaded.task == "ndh" else "r2r"
 
 
 def open_surroundings(config: EvaluateConfig, loaded: Loaded, world: World) -> Surroundings:

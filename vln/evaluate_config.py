@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -118,6 +118,9 @@ class EvaluateConfig:
     """Split of the items; with the R2R test split, which has no goals, the submission is checked alone."""
     data: str = "data/vln"
     """Folder with items and graphs, unpacked or in archives: r2r/, ndh/, hanna/, connectivity/."""
+    dataset: Literal["r2r", "r4r", "rxr"] = "r2r"
+    """Whose items an agent for R2R walks, or a submission of that form is for. For R4R the way as annotated,
+    not the shortest one, is the length in SPL."""
     items: str = ""
     """JSON file of the items instead."""
     graphs: str = ""

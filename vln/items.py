@@ -49,6 +49,11 @@ class RxRItem(NamedTuple):
     timed_words: tuple[TimedWord, ...]
 
     @property
+    def distance(self) -> None:
+        """Not stated, unlike R2R's."""
+        return None
+
+    @property
     def instructions(self) -> tuple[str, ...]:
         """The one instruction, as other items have several."""
         return (self.instruction,)

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from vln.data import HannaTask, NDHItem, R2RItem
 from vln.fidelity import PathTable, alignment, share
+from vln.items import HannaTask, NDHItem, R2RItem, RxRItem
 from vln.navgraph import NavGraph
 
 PathType = Literal["planner_path", "player_path", "trusted_path"]
@@ -109,14 +109,14 @@ def mean_scores(scores: R2RScores | NDHScores | HannaScores) -> dict[str, float]
 
 def score_r2r(
     paths: Mapping[str, Sequence[str]],
-    items: Sequence[R2RItem],
+    items: Sequence[R2RItem | RxRItem],
     graphs: Mapping[str, NavGraph],
     *,
     success_radius: float = 3.0,
     deduplicate: bool = False,
     annotated_length: bool = False,
 ) -> R2RScores:
-    """R2R scores with nDTW, SDTW and CLS of every instruction of the items.
+    """R2R scores with nDTW, SDTW and CLS of every instruction of the items, also for R4R and RxR.
 
     With P the path, R the reference and g its end: ``nav_error = d(P_end, g)``, ``oracle_error = min d(P_i,
     g)``, success where they are below the radius, ``length = sum d(P_i, P_i+1)``, so that a jump costs its

@@ -154,9 +154,9 @@ def render_episodes(config: EpisodesConfig) -> Path:
     if config.submission:
         submission = read_submission(config.submission)
         paths = submission.paths
-        if task != "rxr":  # its submissions look like those of R2R, and have no scores here
+        if task != "rxr":  # whose submissions look like those of R2R
             task = submission.task
-            scores, means = _scores(config, task)
+        scores, means = _scores(config, task)
     source, split = (config.items, None) if config.items else (config.data, config.split)
     items = _READERS[task](source, split)
     found = dict(pair for item in items for pair in episodes_of(item))
@@ -194,7 +194,7 @@ def _scores(config: EpisodesConfig, task: str) -> tuple[dict[str, dict[str, floa
     result = evaluate(
         EvaluateConfig(
             submission=config.submission, split=config.split, data=config.data, items=config.items,
-            graphs=config.graphs, lenient=True,
+            graphs=config.graphs, lenient=True, dataset="rxr" if task == "rxr" else "r2r",
         )
     )  # fmt: skip
     way = "trusted_path" if task == "ndh" else task
@@ -202,7 +202,8 @@ def _scores(config: EpisodesConfig, task: str) -> tuple[dict[str, dict[str, floa
         return {}, {}
 
     def columns(values: Mapping[str, float]) -> dict[str, float]:
-        named = {title: field for title, field in COLUMNS[task].items() if field in values}
+        titles = COLUMNS[result["task"]]
+        named = {title: field for title, field in titles.items() if field in values}
         return {title: values[field] * (100 if title.endswith("%") else 1) for title, field in named.items()}
 
     return {name: columns(row) for name, row in result["items"][way].items()}, columns(result["scores"][way])

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vln.data import HannaTask, NDHItem, R2RItem
+from vln.items import HannaTask, NDHItem, R2RItem, RxRItem
 from vln.metrics import HannaResult
 from vln.navgraph import NavGraph
 from vln.sources import Document, parse_json, read_document
 
 Task = Literal["r2r", "ndh", "hanna"]
-Item = R2RItem | NDHItem | HannaTask
+Item = R2RItem | RxRItem | NDHItem | HannaTask
 
 
 class Pose(NamedTuple):
@@ -72,9 +72,8 @@ class Fault(NamedTuple):
 def read_submission(path: str | Path) -> Submission:
     """Read a submission; its rows tell which task it is for.
 
-    R2R: ``[{"instr_id", "trajectory": [[viewpoint, heading, elevation], ...]}]``; NDH has ``inst_idx``
-        instead; HANNA has
-    ``agent_pose``, ``agent_ask``, ``agent_nav`` and ``target_viewpoints``.
+    R2R, R4R and RxR: ``[{"instr_id", "trajectory": [[viewpoint, heading, elevation], ...]}]``; NDH has
+    ``inst_idx`` instead; HANNA has ``agent_pose``, ``agent_ask``, ``agent_nav`` and ``target_viewpoints``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -222,13 +221,13 @@ def find_faults(submission: Submission, items: Sequence[Item], graphs: Mapping[s
 def _expected(task: Task, items: Sequence[Item]) -> dict[str | int, tuple[str, str]]:
     """Ids of a split with the scan and the start of each."""
     expected: dict[str | int, tuple[str, str]] = {}
-    kinds = {"r2r": R2RItem, "ndh": NDHItem, "hanna": HannaTask}
+    kinds = {"r2r": R2RItem | RxRItem, "ndh": NDHItem, "hanna": HannaTask}
     for item in items:
         if not isinstance(item, kinds[task]):
             raise ValueError(f"the submission is for {task} but the items are {type(item).__name__}s")
         if isinstance(item, NDHItem):
             expected[item.inst_idx] = item.scan_id, item.start
-        elif isinstance(item, R2RItem):
+        elif isinstance(item, R2RItem | RxRItem):
             expected |= dict.fromkeys(item.instruction_ids, (item.scan_id, item.path[0]))
         else:
             expected |= dict.fromkeys(item.instruction_ids, (item.scan_id, item.paths[0][0]))

@@ -166,8 +166,11 @@ class WalkTask:
             )  # fmt: skip
         rows = sorted(gather_object(found), key=lambda row: row[0])
         told = [row for _, row in rows]
-        return score(held_out, told, self._config.items.task, self._opened.world.graphs,
-                     path_type=self._config.items.path_type)  # fmt: skip
+        items = self._config.items
+        return score(
+            held_out, told, items.task, self._opened.world.graphs, path_type=items.path_type,
+            annotated_length=items.dataset == "r4r",
+        )  # fmt: skip
 
 
 def subset(split: Split, count: int) -> np.ndarray:
@@ -210,8 +213,9 @@ def walk_greedily(
 
 
 def score(
-    split: Split, told: list[Prediction], task: str, graphs: Mapping[str, Any], *, path_type: Any
-) -> Scored:
+    split: Split, told: list[Prediction], task: str, graphs: Mapping[str, Any], *, path_type: Any,
+    annotated_length: bool = False,
+) -> Scored:  # fmt: skip
     """Scores of predictions, for the items that have one."""
     paths: dict[Any, list[str]] = {
         row.item_id: [pose.viewpoint_id for pose in row.trajectory] for row in told
@@ -221,7 +225,8 @@ def score(
         scores: Any = score_ndh(paths, items, graphs, path_type=path_type)
     else:
         items = [_told(item, paths) for item in split.items]
-        scores = score_r2r(paths, [item for item in items if item.instructions], graphs)
+        walked = [item for item in items if item.instructions]
+        scores = score_r2r(paths, walked, graphs, annotated_length=annotated_length)
     success = dict(zip(scores[0], (scores.success > 0).tolist(), strict=True))
     return Scored(mean_scores(scores), told, success)
 
