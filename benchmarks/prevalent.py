@@ -54,15 +54,15 @@ class Lengths:
     """How much is done, the same for every seed."""
 
     speaker_steps: int = 1500
-    num_paths: int = 6000
+    num_paths: int = 10_000
     """Sampled and described."""
     num_instructions: int = 3
     """Of each of them."""
     pretrain_steps: int = 2000
     """Of (b) and (c)."""
-    long_pretrain_steps: int = 5000
+    long_pretrain_steps: int = 10_000
     """Of (c+) and (d)."""
-    steps: int = 600
+    steps: int = 1000
     """Of the fine-tuning."""
 
 
