@@ -41,6 +41,8 @@ SEEN = {"r2r": "val_seen", "ndh": "val_seen", "hanna": "val_seen_env"}
 CHOSEN_BY = {"r2r": "val_seen/spl", "ndh": "val_seen/goal_progress", "hanna": "val_seen_env/spl"}
 """What the best agent of a run is best in: houses that it knows."""
 
+SETTINGS = ("search", "pre-explored")
+"""More than one greedy walk; tried on the first seed's (d)."""
 DECIDING = ("a", "c", "d")
 """What the experiment is for; the other arms are run behind these, of all seeds."""
 
@@ -64,6 +66,10 @@ class Lengths:
     """Of (c+) and (d)."""
     steps: int = 1000
     """Of the fine-tuning."""
+    routes: int = 40
+    """Of a search."""
+    explore_steps: int = 500
+    """Of a pre-exploration."""
 
 
 class Job(NamedTuple):
@@ -127,6 +133,14 @@ def _seed_jobs(
         for arm in TASKS[task]:
             for job in _agent_jobs(task, arm, world, runs, seed, seeds, lengths):
                 yield job._replace(late=arm not in DECIDING)
+    if "r2r" in tasks and seed == seeds[0]:
+        agent = runs / f"r2r-d-{seed}"
+        given = ("--search", lengths.routes), ("--explore", lengths.explore_steps, "--explore-lr", 3e-4)
+        for setting, options in zip(SETTINGS, given, strict=True):
+            scores = scores_file(runs, "r2r", "d", seed, f"{UNSEEN['r2r']}.{setting}")
+            walked = [*_walking(agent, world, "r2r", UNSEEN["r2r"], scores), "--speaker", str(speaker)]
+            walked += map(str, options)
+            yield Job(scores.name, (agent.name,), partial(list, walked), scores.is_file, late=True)
 
 
 def real_jobs(data: Path, tokenizer: str, runs: Path, seeds: Sequence[int], lengths: Lengths) -> list[Job]:
@@ -192,12 +206,16 @@ def _agent_jobs(
         yield _training(folder, (model.name,), [*words, "--pretrained", str(model)], lengths.steps)
     for split in (SEEN[task], UNSEEN[task]):
         scores = scores_file(runs, task, arm, seed, split)
-        told = [
-            "vln.evaluate", str(folder), "--data", str(world), "--split", split, "--max-steps",
-            "24" if task == "hanna" else "12", "--submission-out", str(_submission(scores)),
-            "--out", str(scores),
-        ]  # fmt: skip
+        told = _walking(folder, world, task, split, scores)
         yield Job(scores.name, (folder.name,), partial(list, told), scores.is_file)
+
+
+def _walking(agent: Path, world: Path, task: str, split: str, scores: Path) -> list[str]:
+    return [
+        "vln.evaluate", str(agent), "--data", str(world), "--split", split, "--max-steps",
+        "24" if task == "hanna" else "12", "--submission-out", str(_submission(scores)),
+        "--out", str(scores),
+    ]  # fmt: skip
 
 
 def scores_file(runs: Path, task: str, arm: str, seed: int, split: str) -> Path:
@@ -301,6 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", default="tokenizer", help="for --real: a folder there, or any other")
     options = parser.parse_args(arguments)
     world, lengths = options.runs / "world", Lengths()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what runs beside it, too
     try:
         if not (world / "config.json").is_file():
             words = [sys.executable, "-m", "vln.houses", "--num-seen", str(NUM_SEEN), "--out", str(world)]
@@ -314,7 +333,8 @@ def main(arguments: list[str] | None = None) -> None:
         splits: dict[str, tuple[str, ...]] = {task: (SEEN[task], UNSEEN[task]) for task in options.tasks}
         if options.real:
             arms["real"], splits["real"] = REAL_ARMS, ("val_seen",)
-        print(f"written to {write(options.runs, options.out, options.seeds, arms, ARMS, splits)}")
+        settings = SETTINGS if "r2r" in options.tasks else ()
+        print(f"written to {write(options.runs, options.out, options.seeds, arms, ARMS, splits, settings)}")
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -281,6 +281,24 @@ def draw_maps(runs: Path, seed: int, scores: Mapping[str, Scores], row: int, out
     return written
 
 
+def setting_table(runs: Path, seed: int, split: str, settings: Sequence[str]) -> list[str]:
+    """One agent greedily and in other settings, a row each."""
+    columns = COLUMNS["r2r"]
+    lines = ["| setting | " + " | ".join(column.title for column in columns) + " | walked, m |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for setting in ("greedy", *settings):
+        ending = "" if setting == "greedy" else f".{setting}"
+        result = json.loads((runs / f"r2r-d-{seed}.{split}{ending}.scores.json").read_text())
+        if result["setting"] != setting:
+            raise ValueError(f"scores of {setting} say {result['setting']}: delete them, they are made anew")
+        means = result["scores"]["r2r"]
+        cells = [
+            f"{means[column.field] * column.factor:.{1 if column.factor > 1 else 2}f}" for column in columns
+        ]
+        lines.append(f"| {setting} | " + " | ".join(cells) + f" | {means['length']:.0f} |")
+    return lines
+
+
 def effort(runs: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[str]:
     """What each arm of R2R cost: pre-training and fine-tuning, means over seeds."""
     lines = [
@@ -363,7 +381,7 @@ TITLES = {
 
 def write(
     runs: Path, out: Path, seeds: Sequence[int], tasks: Mapping[str, Sequence[str]],
-    labels: Mapping[str, str], splits: Mapping[str, tuple[str, ...]],
+    labels: Mapping[str, str], splits: Mapping[str, tuple[str, ...]], settings: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Report, pictures and numbers of finished runs.
 
@@ -374,6 +392,7 @@ def write(
         tasks: arms by task.
         labels: of the arms.
         splits: by task, that of known and that of unseen houses, if there is one.
+        settings: in which the first seed's (d) walked the unseen houses of R2R, besides greedily.
 
     Returns:
         The report.
@@ -399,7 +418,15 @@ def write(
             if task == "r2r" and where == "unseen":
                 maps = draw_maps(runs, seeds[0], scores, 0, out)
         if task == "r2r":
-            lines += [*effort(runs, seeds, arms), "", *_gallery(maps), ""]
+            lines += [*effort(runs, seeds, arms), ""]
+            if settings:
+                lines += [
+                    f"### Settings: (d) of seed {seeds[0]} on {splits[task][1]}", "",
+                    "Never to be compared with each other: a search walks far before it decides, and a "
+                    "pre-explored agent has learnt in the very scans, from its own speaker's words.", "",
+                    *setting_table(runs, seeds[0], splits[task][1], settings), "",
+                ]  # fmt: skip
+            lines += [*_gallery(maps), ""]
     draw_curves(runs, seeds, tasks, out / "curves.png")
     lines += ["## Curves", "", "![fine-tuning](curves.png)", ""]
     if "r2r" in tasks:

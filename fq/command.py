@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 try:
     import tyro
@@ -125,7 +126,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
         The configuration, checked as ever.
 
     Raises:
-        ValueError: a key is unknown or missing, or a value is out of range.
+        ValueError: a key is unknown or missing, or a value is of another type or out of range.
 
     Example:
         >>> from dataclasses import make_dataclass
@@ -142,11 +143,35 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     hints = get_type_hints(kind)
     built = {}
     for name, value in values.items():
-        nested = hints[name]
-        if is_dataclass(nested):
-            value = from_dict(nested, value)  # type: ignore[arg-type]
-        built[name] = tuple(value) if isinstance(value, list) else value
+        hint = hints[name]
+        if is_dataclass(hint) and isinstance(value, Mapping):
+            value = from_dict(hint, value)  # type: ignore[arg-type]
+        value = tuple(value) if isinstance(value, list) else value
+        if not _fits(value, hint):
+            expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
+            raise ValueError(
+                f"configuration of {kind.__name__}: {name} is {value!r}, expected {expected}: was it edited? "
+                "Mend it, or start from a preset"
+            )
+        built[name] = value
     return kind(**built)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a field says, as far as plain types go."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is tuple or hint is tuple:
+        rows = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
+        return isinstance(value, tuple) and (
+            not inner or (len(rows) == len(value) and all(map(_fits, value, rows)))
+        )
+    if hint in (int, float):
+        return not isinstance(value, bool) and isinstance(value, int if hint is int else int | float)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def make_accelerator(

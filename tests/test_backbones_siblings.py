@@ -48,21 +48,14 @@ FORKS.set_forkserver_preload(["backbones.train"])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_a_process():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_thread_a_process(one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("ACCELERATE_USE_CPU", "1")
         yield
-    torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

@@ -38,22 +38,13 @@ FORKS.set_forkserver_preload(["backbones.train"])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_a_process():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_thread_a_process(one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
-    torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def run_here(out: Path, *options: Any) -> list[dict[str, Any]]:

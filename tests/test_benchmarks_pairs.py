@@ -3,18 +3,11 @@
 import json
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from benchmarks import pairs
 from fq.run import load_config
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_both_copies_are_trained_and_only_one_reads(tmp_path, capsys):

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import subprocess
 import sys
+import time
 from importlib import import_module
 
 import numpy as np
@@ -15,6 +17,7 @@ from benchmarks.prevalent import (
     ARMS,
     REAL_ARMS,
     SEEN,
+    SETTINGS,
     TASKS,
     UNSEEN,
     Job,
@@ -36,7 +39,14 @@ from vln.features import FeatureStore
 from vln.houses import main as make_houses
 
 TINY = Lengths(
-    speaker_steps=2, num_paths=6, num_instructions=2, pretrain_steps=2, long_pretrain_steps=3, steps=2
+    speaker_steps=2,
+    num_paths=6,
+    num_instructions=2,
+    pretrain_steps=2,
+    long_pretrain_steps=3,
+    steps=2,
+    routes=2,
+    explore_steps=2,
 )
 
 
@@ -96,7 +106,8 @@ def test_items_of_unseen_houses_are_not_even_opened_for_the_pre_training(finishe
 def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
     runs, _ = finished
     splits = {task: (SEEN[task], UNSEEN[task]) for task in TASKS} | {"real": ("val_seen",)}
-    text = write(runs, tmp_path, [0], TASKS | {"real": REAL_ARMS}, ARMS, splits).read_text()
+    arms = TASKS | {"real": REAL_ARMS}
+    text = write(runs, tmp_path, [0], arms, ARMS, splits, SETTINGS).read_text()
     assert set(json.loads((tmp_path / "results.json").read_text())["real/val_seen"]["means"]) == {"a", "c"}
     assert "random vector for each view" in text and "real/val_unseen" not in text
     for arm, label in ARMS.items():
@@ -107,6 +118,10 @@ def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
     assert f"{scores['nav_error']:.2f}" in text
     assert {"c - a, success", "d - c, spl", "c+ - c, spl"} <= set(results["r2r/val_unseen"]["differences"])
     assert "d - a, goal_progress" in results["ndh/val_unseen"]["differences"]
+    for setting in SETTINGS:
+        scored = json.loads((runs / f"r2r-d-0.val_unseen.{setting}.scores.json").read_text())
+        assert scored["setting"] == setting
+        assert f"| {setting} | {100 * scored['scores']['r2r']['success']:.1f} |" in text
     assert str(runs) not in text and "`python -m vln.pretrain houses" in text
     assert "(d) | as (c+)" in text and "| 192 |" in text  # 3 steps of 64 triplets
     for name in ("curves.png", "pretraining.png"):
@@ -169,6 +184,32 @@ def test_a_failed_job_ends_the_experiment_and_names_its_log(tmp_path):
     after = Job("after", ("broken",), lambda: pytest.fail("must not run"), lambda: False)
     with pytest.raises(RuntimeError, match=rf"broken ended with code 1: see .*{os.sep}broken\.log"):
         list(run_jobs([broken, after], tmp_path, workers=2))
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+import benchmarks.prevalent as experiment
+(Path(sys.argv[1]) / "world").mkdir()
+(Path(sys.argv[1]) / "world" / "config.json").write_text("{}")
+waits = f"import os, time; open('{sys.argv[1]}/number', 'w').write(str(os.getpid())); time.sleep(60)"
+job = experiment.Job("waits", (), lambda: ["timeit", "-n", "1", "-r", "1", waits], lambda: False)
+experiment.make_jobs = lambda *_: [job]
+experiment.main(["--runs", sys.argv[1]])
+"""
+
+
+def test_what_ends_the_experiment_ends_its_runs(tmp_path):
+    experiment = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)])
+    number = tmp_path / "number"
+    for _ in range(600):
+        if number.is_file() and number.read_text():
+            break
+        time.sleep(0.1)
+    experiment.terminate()
+    assert experiment.wait(timeout=30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
 
 
 def test_paired_interval_sees_a_small_gain_under_large_differences_between_items():

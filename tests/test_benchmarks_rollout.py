@@ -3,17 +3,10 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks import rollout
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_it_measures_both_ways_and_writes_them(tmp_path, capsys):

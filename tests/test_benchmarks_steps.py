@@ -1,18 +1,11 @@
 """Timing of whole training steps by turns."""
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from backbones import train_setup
 from benchmarks import steps
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.mark.parametrize("name", steps.BACKBONES)

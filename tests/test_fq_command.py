@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ class Run:
     steps: int = 4
     """Steps in all."""
     trackers: tuple[str, ...] = ()
+    heat: float = 200.0
+    crust: Literal["soft", "hard"] | None = None
 
     def __post_init__(self):
         if self.steps < 1:
@@ -82,7 +85,8 @@ def test_config_without_a_place_is_refused(arguments):
 
 def test_a_value_out_of_range_is_refused_wherever_it_comes_from(stored, capsys):
     assert "steps is 0: give at least 1" in refused(capsys, "--config", str(stored), "--steps", "0")
-    (stored / "config.json").write_text('{"preset": "cake", "run": {"steps": 0, "trackers": []}}')
+    values = {"preset": "cake", "run": asdict(Run()) | {"steps": 0}}
+    (stored / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="steps is 0: give at least 1"):
         parse(["--config", str(stored)])
 
@@ -169,7 +173,10 @@ def test_a_configuration_comes_back_from_json():
             r"Baking has unknown keys \['odd'\] and lacks \[\]",
         ),
         ({"preset": "x"}, r"Baking has unknown keys \[\] and lacks \['run'\]"),
-        ({"preset": "x", "run": {"step": 1}}, r"Run has unknown keys \['step'\] and lacks \['steps', 'tr"),
+        (
+            {"preset": "x", "run": {"step": 1}},
+            r"Run has unknown keys \['step'\] and lacks \['crust', 'heat', 'st",
+        ),
     ],
 )
 def test_unknown_and_missing_keys_are_refused_at_every_level(values, message):
@@ -177,9 +184,34 @@ def test_unknown_and_missing_keys_are_refused_at_every_level(values, message):
         from_dict(Baking, values)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "many"}, "Run: steps is 'many', expected int"),
+        ({"steps": True}, "Run: steps is True, expected int"),
+        ({"steps": 2.5}, r"Run: steps is 2\.5, expected int"),
+        ({"heat": None}, "Run: heat is None, expected float"),
+        ({"trackers": "wandb"}, r"Run: trackers is 'wandb', expected tuple\[str, \.\.\.\]"),
+        ({"trackers": ["wandb", 3]}, r"Run: trackers is \('wandb', 3\), expected tuple"),
+        ({"crust": "burnt"}, "Run: crust is 'burnt', expected .*soft"),
+    ],
+)
+def test_values_of_another_type_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"configuration of {message}.*Mend it, or start from a preset"):
+        from_dict(Baking, {"preset": "x", "run": asdict(Run()) | changes})
+    with pytest.raises(ValueError, match="Baking: run is 3, expected Run"):
+        from_dict(Baking, {"preset": "x", "run": 3})
+
+
+def test_numbers_that_json_shortens_and_missing_choices_are_taken():
+    read = from_dict(Run, {"steps": 3, "trackers": [], "heat": 180, "crust": "hard"})
+    assert (read.heat, read.crust, from_dict(Run, asdict(Run())).crust) == (180, "hard", None)
+
+
 def test_trackers_get_one_level_of_plain_values():
     flat = flat_settings(asdict(PRESETS["cake"][1]))
-    assert flat == {"preset": "cake", "run.steps": 9, "run.trackers": "('wandb',)"}
+    assert flat == {"preset": "cake", "run.steps": 9, "run.trackers": "('wandb',)", "run.heat": 200.0,
+                    "run.crust": "None"}  # fmt: skip
 
 
 # ---- processes

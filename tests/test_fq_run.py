@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from fq import run as run_module
@@ -30,12 +29,7 @@ from fq.run import (
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"steps": 40, "model": {"width": 8, "betas": (0.0, 0.999)}, "run": {"trackers": []}}
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 class Training:

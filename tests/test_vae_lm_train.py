@@ -34,14 +34,7 @@ QUIET = "--sample-every 0 --eval-every 0 --log-every 1 --held-out 0 --batch-size
 
 STREAM = "--stream --held-out 0 --too-long refuse --steps 1"
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

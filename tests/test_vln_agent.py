@@ -16,13 +16,7 @@ from vln.surroundings import Clock, Course, Surroundings, environment_mask, padd
 PLACE = surroundings()
 NOISE = Noise(seed=1, step=5)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def paths(found, world=PLACE.world):

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from test_vln_train import SMALL, run_here, untimed
 from tiny_vln import grid, write_folder
 from tiny_walkers import write_speaker
@@ -19,16 +18,7 @@ from vln.train_config import ItemsConfig
 from vln.train_setup import open_data
 from vln.world import World
 
-
-@pytest.fixture(autouse=True)
-def one_thread_and_a_fresh_state(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

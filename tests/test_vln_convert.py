@@ -33,13 +33,7 @@ VOCABULARY = 5 + len(WORDS)
 SIZES = FollowerConfig(encoder_hidden=5, decoder_hidden=7, action_embedding=3)
 SPOKEN = Words(("<PAD>", "<UNK>", "<EOS>", *WORDS, "<BOS>"))
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

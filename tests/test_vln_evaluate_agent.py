@@ -4,7 +4,6 @@ import json
 from collections import Counter
 
 import pytest
-import torch
 from tiny_agents import NDHFollower
 from tiny_vln import write_folder
 from tiny_walkers import refused, run_walk, write_agent, write_speaker
@@ -14,13 +13,7 @@ from vln.evaluate_config import EvaluateConfig, SettingConfig, WalkConfig
 from vln.evaluate_provenance import provenance_file, setting_of
 from vln.submission import read_submission
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -39,14 +39,7 @@ from vln.world import World
 WORLD = World([grid("a")])
 NAMES = WORLD.viewpoint_ids
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 
 
 class Tokenizer:

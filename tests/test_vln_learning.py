@@ -60,12 +60,7 @@ class Task:
         return loss / (2 * PAIRS), float((self.distances[now.viewpoint, self.goals] < 3).mean())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_an_agent_follows_its_words_and_a_deaf_one_cannot():

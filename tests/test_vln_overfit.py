@@ -22,14 +22,7 @@ from vln.world import World
 FEATURES = "random:32"
 """Views that differ in everything are learnt by heart sooner than those of the houses, which are alike."""
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_a_process():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

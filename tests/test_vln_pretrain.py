@@ -36,22 +36,7 @@ SMALL = (
     " --feature-scale 1 --initializer-range 0.02 --action-target candidate_rank"
 ).split()
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_a_process():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

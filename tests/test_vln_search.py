@@ -18,13 +18,7 @@ from vln.walks import Walk, path_batch, roll_walks
 
 PLACE = surroundings(("a",))
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def one(seed=3):

@@ -31,8 +31,8 @@ from vln.checkpoints import (
     initialise_from_lxmert,
     save_released,
 )
-from vln.model import PretrainingOutput, PrevalentConfig, PrevalentPretraining
-from vln.pretrain_config import MAY_CHANGE, PRESETS, OptimConfig, Pretraining, SizesConfig
+from vln.model import PretrainingOutput, PrevalentPretraining
+from vln.pretrain_config import MAY_CHANGE, PRESETS, OptimConfig, Pretraining, SizesConfig, sized
 from vln.pretrain_data import Batch, Opened, PretrainingData, Stream, open_data
 
 MODEL, RELEASED, TOKENIZER = "model", "released", "tokenizer"
@@ -254,26 +254,11 @@ def build_model(sizes: SizesConfig, opened: Opened, *, num_words: int) -> Preval
                 f"but the data have {width} and {num_words}: give those that it was trained with"
             )
         return model.train()
-    model = PrevalentPretraining(
-        PrevalentConfig(
-            vocab_size=num_words,
-            hidden_size=sizes.hidden_size,
-            num_attention_heads=sizes.num_attention_heads,
-            intermediate_size=sizes.intermediate_size,
-            num_text_layers=sizes.num_text_layers,
-            num_cross_layers=sizes.num_cross_layers,
-            feature_size=width,
-            angle_size=sizes.angle_size,
-            max_position_embeddings=sizes.max_position_embeddings,
-            hidden_dropout=sizes.dropout,
-            attention_dropout=sizes.dropout,
-            action_target=sizes.action_target,
-            orientation=sizes.orientation,
-            feature_scale=sizes.feature_scale,
-            initializer_range=sizes.initializer_range,
-            pad_token_id=opened.train.vocabulary.pad_id,
-        )
-    )
+    options = sized(
+        sizes, vocab_size=num_words, feature_size=width, dropout=sizes.dropout,
+        pad_token_id=opened.train.vocabulary.pad_id, action_target=sizes.action_target,
+    )  # fmt: skip
+    model = PrevalentPretraining(options)
     if kind == "bert":
         initialise_from_bert(model, source)
     elif kind == "lxmert":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from vln.bounds import at_least
-from vln.model import ActionTarget, Orientation
+from vln.model import ActionTarget, Orientation, PrevalentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,31 @@ class SizesConfig:
             and ":" not in self.init
         ):
             raise ValueError(f"init is {self.init!r}: give bert:NAME or lxmert:FILE")
+
+
+def sized(sizes: Any, *, dropout: float, **others: Any) -> PrevalentConfig:
+    """Configuration of a model from scratch, after options of a pre-training or of an agent.
+
+    Args:
+        sizes: with the sizes of the model.
+        dropout: of hidden states and attention.
+        **others: of `PrevalentConfig`.
+    """
+    return PrevalentConfig(
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.intermediate_size,
+        num_text_layers=sizes.num_text_layers,
+        num_cross_layers=sizes.num_cross_layers,
+        angle_size=sizes.angle_size,
+        max_position_embeddings=sizes.max_position_embeddings,
+        orientation=sizes.orientation,
+        feature_scale=sizes.feature_scale,
+        initializer_range=sizes.initializer_range,
+        hidden_dropout=dropout,
+        attention_dropout=dropout,
+        **others,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from vln.data import read_r2r
 from vln.follower import FollowerConfig
 from vln.hanna_model import HannaAgentConfig
 from vln.instructions import add_markers
-from vln.model import Prevalent, PrevalentConfig
+from vln.model import Prevalent
 from vln.navgraph import load_graphs
-from vln.pretrain_config import TripletsConfig
+from vln.pretrain_config import TripletsConfig, sized
 from vln.pretrain_data import open_features, open_tokenizer
 from vln.speaker_folder import load_speaker
 from vln.train_config import AgentConfig, ItemsConfig, LearnConfig, Training
@@ -203,25 +203,11 @@ def build_trunk(sizes: AgentConfig, *, num_words: int, pad_id: int, feature_size
         ValueError: it was trained with other features or words.
     """
     if sizes.pretrained == "scratch":
-        return Prevalent(
-            PrevalentConfig(
-                vocab_size=num_words,
-                hidden_size=sizes.hidden_size,
-                num_attention_heads=sizes.num_attention_heads,
-                intermediate_size=sizes.intermediate_size,
-                num_text_layers=sizes.num_text_layers,
-                num_cross_layers=sizes.num_cross_layers,
-                feature_size=feature_size,
-                angle_size=sizes.angle_size,
-                max_position_embeddings=sizes.max_position_embeddings,
-                hidden_dropout=sizes.trunk_dropout,
-                attention_dropout=sizes.trunk_dropout,
-                orientation=sizes.orientation,
-                feature_scale=sizes.feature_scale,
-                initializer_range=sizes.initializer_range,
-                pad_token_id=pad_id,
-            )
-        )
+        options = sized(
+            sizes, vocab_size=num_words, feature_size=feature_size, dropout=sizes.trunk_dropout,
+            pad_token_id=pad_id,
+        )  # fmt: skip
+        return Prevalent(options)
     folder = Path(sizes.pretrained)
     if (folder / WEIGHTS).is_file():
         released = from_released(folder, angle_size=sizes.angle_size)
