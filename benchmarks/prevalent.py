@@ -46,6 +46,9 @@ SETTINGS = ("search", "pre-explored")
 DECIDING = ("a", "c", "d")
 """What the experiment is for; the other arms are run behind these, of all seeds."""
 
+RANKS = "pretrain-rank"
+"""As (c), but the action is its rank among the candidates; pre-trained for the first seed, to compare."""
+
 REAL_ARMS, RANDOM = ("a", "c"), "random:64"
 NUM_SEEN = 120
 """Training houses: in few, paths are learnt by heart."""
@@ -134,6 +137,9 @@ def _seed_jobs(
             for job in _agent_jobs(task, arm, world, runs, seed, seeds, lengths):
                 yield job._replace(late=arm not in DECIDING)
     if "r2r" in tasks and seed == seeds[0]:
+        words_of = ["vln.pretrain", "houses", *common, *blind, "--action-target", "candidate_rank"]
+        ranks = _training(runs / f"{RANKS}-{seed}", (), words_of, lengths.pretrain_steps)
+        yield ranks._replace(late=True)
         agent = runs / f"r2r-d-{seed}"
         given = ("--search", lengths.routes), ("--explore", lengths.explore_steps, "--explore-lr", 3e-4)
         for setting, options in zip(SETTINGS, given, strict=True):

@@ -343,6 +343,16 @@ def processor_seconds(runs: Path, names: Sequence[str]) -> float:
     return float(np.mean([float(file.read_text()) for file in files]))
 
 
+def target_table(folders: Mapping[str, Path]) -> list[str]:
+    """How well each kind of action is told on known scans, beside what its commonest answer would reach."""
+    lines = ["| action | right, % | commonest answer, % |", "|---|---|---|"]
+    for name, folder in folders.items():
+        told = [line for line in read_metrics(folder) if "val_seen/action_accuracy" in line][-1]
+        right, floor = (told[f"val_seen/action_{key}"] * 100 for key in ("accuracy", "floor"))
+        lines.append(f"| {name} | {right:.1f} | {floor:.1f} |")
+    return lines
+
+
 def spoken(runs: Path, seeds: Sequence[int]) -> list[str]:
     """How good the speakers are, and what they said."""
     lines = []
@@ -432,6 +442,11 @@ def write(
     if "r2r" in tasks:
         draw_pretraining(runs, seeds, ("b", "c", "c+", "d"), out / "pretraining.png")
         lines += ["![pre-training](pretraining.png)", ""]
+        targets = {"one of 36 views, counted from the heading, or STOP": "pretrain-c",
+                   "rank among the candidates": "pretrain-rank"}  # fmt: skip
+        folders_of = {title: runs / f"{name}-{seeds[0]}" for title, name in targets.items()}
+        lines += ["## What the action is", "", f"As (c), seed {seeds[0]}, equally long:", ""]
+        lines += [*target_table(folders_of), ""]
     lines += ["## What the speakers say", "", *spoken(runs, seeds), "", "## Runs", ""]
     folders = sorted(path.parent for path in runs.glob("*/provenance.json"))
     lines += [*provenance_table(folders), ""]

@@ -34,6 +34,7 @@ from benchmarks.prevalent_report import (
     read_scores,
     write,
 )
+from fq.run import read_metrics
 from vln import pretrain_data, speaker_data
 from vln.features import FeatureStore
 from vln.houses import main as make_houses
@@ -85,8 +86,8 @@ def test_speaker_sampling_and_pre_training_never_see_unseen_houses(finished):
     _, seen = finished
     before = {name: scans for name, scans in seen.items() if name.startswith(("speaker", "told", "pretrain"))}
     assert not any(seen[name] for name in seen if name.startswith("real"))  # random vectors, no store
-    assert sorted(before) == ["pretrain-b-0", "pretrain-c+-0", "pretrain-c-0", "pretrain-d-0", "speaker-0",
-                              "told-0.json"]  # fmt: skip
+    assert sorted(before) == ["pretrain-b-0", "pretrain-c+-0", "pretrain-c-0", "pretrain-d-0",
+                              "pretrain-rank-0", "speaker-0", "told-0.json"]  # fmt: skip
     for name, scans in before.items():
         assert scans and all(scan.startswith("seen") for scan in scans), name
     assert any(scan.startswith("unseen") for scan in seen["r2r-a-0.val_unseen.scores.json"])
@@ -122,6 +123,9 @@ def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
         scored = json.loads((runs / f"r2r-d-0.val_unseen.{setting}.scores.json").read_text())
         assert scored["setting"] == setting
         assert f"| {setting} | {100 * scored['scores']['r2r']['success']:.1f} |" in text
+    floor = [line["val_seen/action_floor"] for line in read_metrics(runs / "pretrain-rank-0")
+             if "val_seen/action_floor" in line][-1]  # fmt: skip
+    assert "| rank among the candidates | " in text and f" | {100 * floor:.1f} |" in text
     assert str(runs) not in text and "`python -m vln.pretrain houses" in text
     assert "(d) | as (c+)" in text and "| 192 |" in text  # 3 steps of 64 triplets
     for name in ("curves.png", "pretraining.png"):
