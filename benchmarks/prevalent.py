@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.prevalent_report import add_processor_seconds, processor_seconds, write
+from benchmarks.prevalent_report import add_processor_seconds, processor_seconds, seeds_of, write
 from fq.run import load_config, newest_checkpoint
 
 ARMS = {
@@ -321,7 +321,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other, on one thread each")
-    parser.add_argument("--real", type=Path, help="folder of R2R itself, learnt with random features, too")
+    parser.add_argument(
+        "--real", type=Path, help="folder of R2R itself, learnt with random features, too, for the first seed"
+    )
     parser.add_argument("--tokenizer", default="tokenizer", help="for --real: a folder there, or any other")
     options = parser.parse_args(arguments)
     world, lengths = options.runs / "world", Lengths()
@@ -332,7 +334,8 @@ def main(arguments: list[str] | None = None) -> None:
             subprocess.run(words, check=True)
         jobs = make_jobs(world, options.runs, options.seeds, lengths, options.tasks)
         if options.real:
-            jobs += real_jobs(options.real, options.tokenizer, options.runs, options.seeds, lengths)
+            own = seeds_of("real", options.seeds)
+            jobs += real_jobs(options.real, options.tokenizer, options.runs, own, lengths)
         for line in run_jobs(jobs, options.runs, workers=options.workers):
             print(line, flush=True)
         arms = {task: TASKS[task] for task in options.tasks}

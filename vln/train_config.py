@@ -347,7 +347,7 @@ HOUSES = Training(
         max_steps=12, optimiser="adamw", lr=1e-3, max_grad_norm=5.0, tune="all", tune_lr=1e-3,
     ),
     run=WalkRunConfig(
-        steps=600, eval_every=200, eval_items=288, eval_max_steps=12, checkpoint_every=200, log_every=20
+        steps=1000, eval_every=250, eval_items=288, eval_max_steps=12, checkpoint_every=250, log_every=20
     ),
 )  # fmt: skip
 HOUSES_NDH = Training(
@@ -368,7 +368,7 @@ HOUSES_HANNA = Training(
         optimiser="adamw", lr=1e-3, max_grad_norm=5.0, tune="all", tune_lr=1e-3,
     ),
     run=WalkRunConfig(
-        steps=600, eval_every=200, eval_items=288, eval_max_steps=24, checkpoint_every=200, log_every=20,
+        steps=1000, eval_every=250, eval_items=288, eval_max_steps=24, checkpoint_every=250, log_every=20,
         select="val_unseen_all/spl",
     ),
 )  # fmt: skip
