@@ -454,6 +454,11 @@ def write(
     folders = sorted(path.parent for path in runs.glob("*/provenance.json"))
     spent = sum(float(file.read_text()) for file in (runs / "logs").glob("*.seconds"))
     lines += [f"All of it took {spent / 60:.0f} minutes of one core.", "", *provenance_table(folders), ""]
+    record = json.loads((folders[-1] / "provenance.json").read_text())[-1]
+    numbers["runs"] = {
+        "seeds": list(seeds), "arms": dict(labels), "minutes": round(spent / 60, 1),
+        "provenance": {key: record[key] for key in ("device_name", "versions", "commit")},
+    }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(numbers, indent=1) + "\n")
     write_atomically(out / "report.md", "\n".join(lines))
     return out / "report.md"

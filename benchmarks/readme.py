@@ -180,6 +180,57 @@ def _gpu() -> list[str]:
     return lines
 
 
+def pretraining() -> str:
+    """Markdown between the marks of ``docs/prevalent.md``.
+
+    Returns:
+        The scores of the pre-training experiment and the differences between its arms, if it is there.
+    """
+    path = RESULTS / "prevalent" / "results.json"
+    if not path.is_file():
+        return "Its report is not here yet: no figure is given before all seeds are done."
+    results = json.loads(path.read_text(encoding="utf-8"))
+    runs = results["runs"]
+    lines = [
+        f"{len(runs['seeds'])} seeds, 95 % intervals over seeds and paths, {runs['minutes']:.0f} minutes of "
+        "one core in all. [Every arm, curves, maps and commands](../benchmarks/results/prevalent/report.md). "
+        f"{_machine(runs['provenance'])}",
+        "",
+        "| | R2R, seen houses: SR, SPL | R2R, unseen houses: SR, SPL | NDH, unseen: GP | HANNA, unseen: SR |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, label in runs["arms"].items():
+        cells = [
+            _scores(results, "r2r/val_seen", arm, ("success", "spl")),
+            _scores(results, "r2r/val_unseen", arm, ("success", "spl")),
+            _scores(results, "ndh/val_unseen", arm, ("goal_progress",)),
+            _scores(results, "hanna/val_unseen_all", arm, ("success",)),
+        ]
+        lines.append(f"| ({arm}) {label} | " + " | ".join(cells) + " |")
+    lines += ["", "| difference, unseen houses | SR | SPL |", "|---|---|---|"]
+    found = results["r2r/val_unseen"]["differences"]
+    for pair in dict.fromkeys(name.rpartition(",")[0] for name in found):
+        cells = [_interval(found[f"{pair}, {field}"]) for field in ("success", "spl")]
+        lines.append(f"| {pair} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _scores(results: dict[str, Any], split: str, arm: str, fields: tuple[str, ...]) -> str:
+    means = results.get(split, {"means": {}})["means"].get(arm)
+    if means is None:
+        return ""
+    cells = []
+    for field in fields:
+        factor, form = (1.0, ".2f") if field == "goal_progress" else (100.0, ".1f")
+        cells.append(format(sum(means[field]) / len(means[field]) * factor, form))
+    return ", ".join(cells)
+
+
+def _interval(found: dict[str, float]) -> str:
+    text = f"{found['mean']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]"
+    return text if found["low"] > 0 or found["high"] < 0 else f"{text}, 0 is inside"
+
+
 TRAINED = {
     "digits": "BigGAN on scikit-learn's digits, 16 px",
     "cifar10": "BigGAN on CIFAR-10 pictures",
@@ -270,10 +321,11 @@ def write(path: Path, name: str, text: str) -> None:
 
 
 def main() -> None:
-    """Rewrite both blocks and the page of the backbones."""
+    """Rewrite the blocks and the page of the backbones."""
     write_atomically(RESULTS / "backbones.md", backbones())
     write(ROOT / "README.md", "measured", measured())
     write(ROOT / "docs" / "quantiser.md", "measured:search", quantiser())
+    write(ROOT / "docs" / "prevalent.md", "measured:pretraining", pretraining())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from benchmarks import readme
 from benchmarks.prevalent import (
     ARMS,
     REAL_ARMS,
@@ -130,6 +131,22 @@ def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
     assert "(d) | as (c+)" in text and "| 192 |" in text  # 3 steps of 64 triplets
     for name in ("curves.png", "pretraining.png"):
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_the_manual_shows_the_numbers_of_the_report(finished, tmp_path, monkeypatch):
+    runs, _ = finished
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "not here yet" in readme.pretraining()
+    splits = {task: (SEEN[task], UNSEEN[task]) for task in TASKS}
+    write(runs, tmp_path / "prevalent", [0], TASKS, ARMS, splits)
+    lines = {line.split(" |")[0]: line for line in readme.pretraining().splitlines()}
+    scored = {task: json.loads((runs / f"{task}-d-0.{UNSEEN[task]}.scores.json").read_text())["scores"]
+              for task in TASKS}  # fmt: skip
+    row = lines[f"| (d) {ARMS['d']}"]
+    assert f"{100 * scored['r2r']['r2r']['success']:.1f}, {100 * scored['r2r']['r2r']['spl']:.1f} |" in row
+    assert f"| {scored['ndh']['trusted_path']['goal_progress']:.2f} |" in row
+    assert row.endswith(f"| {100 * scored['hanna']['hanna']['success']:.1f} |")
+    assert lines[f"| (b) {ARMS['b']}"].endswith("|  |  |") and "| c - a" in lines
 
 
 def test_longer_fine_tuning_takes_the_time_of_the_pre_training_and_keeps_its_length(finished):

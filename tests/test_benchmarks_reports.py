@@ -146,7 +146,11 @@ def test_the_demo_trains_three_runs_and_reports_them(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "name", "made"),
-    [("README.md", "measured", readme.measured), ("docs/quantiser.md", "measured:search", readme.quantiser)],
+    [
+        ("README.md", "measured", readme.measured),
+        ("docs/quantiser.md", "measured:search", readme.quantiser),
+        ("docs/prevalent.md", "measured:pretraining", readme.pretraining),
+    ],
 )
 def test_readme_and_docs_show_the_committed_numbers(file, name, made):
     text = (ROOT / file).read_text(encoding="utf-8")
