@@ -320,6 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prevalent"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--report", action="store_true", help="run nothing, report on what is finished")
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other, on one thread each")
     parser.add_argument(
         "--real", type=Path, help="folder of R2R itself, learnt with random features, too, for the first seed"
@@ -336,8 +337,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.real:
             own = seeds_of("real", options.seeds)
             jobs += real_jobs(options.real, options.tokenizer, options.runs, own, lengths)
-        for line in run_jobs(jobs, options.runs, workers=options.workers):
-            print(line, flush=True)
+        if not options.report:
+            for line in run_jobs(jobs, options.runs, workers=options.workers):
+                print(line, flush=True)
         arms = {task: TASKS[task] for task in options.tasks}
         splits: dict[str, tuple[str, ...]] = {task: (SEEN[task], UNSEEN[task]) for task in options.tasks}
         if options.real:

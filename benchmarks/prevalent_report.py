@@ -143,10 +143,9 @@ def score_table(task: str, scores: Mapping[str, Scores], labels: Mapping[str, st
         cells = []
         for column in columns:
             seeds = found.values[column.field].mean(axis=1) * column.factor
-            spread = f" ± {seeds.std(ddof=1):.1f}" if len(seeds) > 1 else ""
-            cells.append(
-                f"{seeds.mean():.1f}{spread}" if column.factor > 1 else f"{seeds.mean():.2f}{spread}"
-            )
+            digits = 1 if column.factor > 1 else 2
+            spread = f" ± {seeds.std(ddof=1):.{digits}f}" if len(seeds) > 1 else ""
+            cells.append(f"{seeds.mean():.{digits}f}{spread}")
         lines.append(f"| ({arm}) | {labels[arm]} | " + " | ".join(cells) + " |")
     return lines
 
@@ -287,8 +286,7 @@ def setting_table(runs: Path, seed: int, split: str, settings: Sequence[str]) ->
     lines = ["| setting | " + " | ".join(column.title for column in columns) + " | walked, m |"]
     lines.append("|---" * (len(columns) + 2) + "|")
     for setting in ("greedy", *settings):
-        ending = "" if setting == "greedy" else f".{setting}"
-        result = json.loads((runs / f"r2r-d-{seed}.{split}{ending}.scores.json").read_text())
+        result = json.loads(_setting_scores(runs, seed, split, setting).read_text())
         if result["setting"] != setting:
             raise ValueError(f"scores of {setting} say {result['setting']}: delete them, they are made anew")
         means = result["scores"]["r2r"]
@@ -297,6 +295,11 @@ def setting_table(runs: Path, seed: int, split: str, settings: Sequence[str]) ->
         ]
         lines.append(f"| {setting} | " + " | ".join(cells) + f" | {means['length']:.0f} |")
     return lines
+
+
+def _setting_scores(runs: Path, seed: int, split: str, setting: str) -> Path:
+    ending = "" if setting == "greedy" else f".{setting}"
+    return runs / f"r2r-d-{seed}.{split}{ending}.scores.json"
 
 
 def effort(runs: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[str]:
@@ -357,6 +360,8 @@ def spoken(runs: Path, seeds: Sequence[int]) -> list[str]:
     """How good the speakers are, and what they said."""
     lines = []
     for seed in seeds:
+        if not (runs / f"told-{seed}.json").is_file():
+            continue
         scored = _curve(runs / f"speaker-{seed}", "val_seen/bleu_original")
         rows = json.loads((runs / f"told-{seed}.json").read_text())
         texts = sum(len(row["instructions"]) for row in rows)
@@ -393,7 +398,7 @@ def write(
     runs: Path, out: Path, seeds: Sequence[int], tasks: Mapping[str, Sequence[str]],
     labels: Mapping[str, str], splits: Mapping[str, tuple[str, ...]], settings: Sequence[str] = (),
 ) -> Path:  # fmt: skip
-    """Report, pictures and numbers of finished runs.
+    """Report, pictures and numbers of runs; arms without the scores of every seed are left out, and named.
 
     Args:
         runs: folder of the run folders.
@@ -406,9 +411,22 @@ def write(
 
     Returns:
         The report.
+
+    Raises:
+        ValueError: no arm is finished.
     """
+    wanted = [(task, arm) for task, arms in tasks.items() for arm in arms]
+    missing = [(task, arm) for task, arm in wanted if not _is_scored(runs, seeds, task, arm, splits[task])]
+    tasks = {task: [arm for arm in arms if (task, arm) not in missing] for task, arms in tasks.items()}
+    tasks = {task: arms for task, arms in tasks.items() if arms}
+    if not tasks:
+        raise ValueError(f"{runs} has no arm with the scores of seeds {', '.join(map(str, seeds))}")
     out.mkdir(parents=True, exist_ok=True)
     lines, numbers = _head(runs, seeds, "real" in tasks), dict[str, Any]()
+    if missing:
+        listed = ", ".join(f"{task} ({arm})" for task, arm in missing)
+        lines += [f"**Not finished, and left out: {listed}.**", ""]
+    maps: list[str] = []
     for task, arms in tasks.items():
         lines += [f"## {TITLES[task]}", ""]
         for split, where in zip(splits[task], ("known", "unseen"), strict=False):
@@ -428,28 +446,30 @@ def write(
                           for arm, row in scores.items()},
                 "differences": found,
             }  # fmt: skip
-            if task == "r2r" and where == "unseen":
+            if task == "r2r" and where == "unseen" and {"a", "d"} <= scores.keys():
                 maps = draw_maps(runs, seeds[0], scores, 0, out)
         if task == "r2r":
             lines += [*effort(runs, seeds, arms), ""]
-            if settings:
+            if settings and _setting_scores(runs, seeds[0], splits[task][1], settings[-1]).is_file():
                 lines += [
                     f"### Settings: (d) of seed {seeds[0]} on {splits[task][1]}", "",
                     "Never to be compared with each other: a search walks far before it decides, and a "
                     "pre-explored agent has learnt in the very scans, from its own speaker's words.", "",
                     *setting_table(runs, seeds[0], splits[task][1], settings), "",
                 ]  # fmt: skip
-            lines += [*_gallery(maps), ""]
+            lines += [*_gallery(maps), ""] if maps else []
     draw_curves(runs, seeds, tasks, out / "curves.png")
     lines += ["## Curves", "", "![fine-tuning](curves.png)", ""]
     if "r2r" in tasks:
-        draw_pretraining(runs, seeds, ("b", "c", "c+", "d"), out / "pretraining.png")
+        trained = [arm for arm in tasks["r2r"] if (runs / f"pretrain-{arm}-{seeds[0]}").is_dir()]
+        draw_pretraining(runs, seeds, trained, out / "pretraining.png")
         lines += ["![pre-training](pretraining.png)", ""]
         targets = {"one of 36 views, counted from the heading, or STOP": "pretrain-c",
                    "rank among the candidates": "pretrain-rank"}  # fmt: skip
         folders_of = {title: runs / f"{name}-{seeds[0]}" for title, name in targets.items()}
-        lines += ["## What the action is", "", f"As (c), seed {seeds[0]}, equally long:", ""]
-        lines += [*target_table(folders_of), ""]
+        if all((folder / "model").is_dir() for folder in folders_of.values()):
+            lines += ["## What the action is", "", f"As (c), seed {seeds[0]}, equally long:", ""]
+            lines += [*target_table(folders_of), ""]
     lines += ["## What the speakers say", "", *spoken(runs, seeds), "", "## Runs", ""]
     folders = sorted(path.parent for path in runs.glob("*/provenance.json"))
     spent = sum(float(file.read_text()) for file in (runs / "logs").glob("*.seconds"))
@@ -462,6 +482,11 @@ def write(
     write_atomically(out / "results.json", json.dumps(numbers, indent=1) + "\n")
     write_atomically(out / "report.md", "\n".join(lines))
     return out / "report.md"
+
+
+def _is_scored(runs: Path, seeds: Sequence[int], task: str, arm: str, splits: Sequence[str]) -> bool:
+    names = [f"{task}-{arm}-{seed}.{split}" for seed in seeds_of(task, seeds) for split in splits]
+    return all((runs / f"{name}.scores.json").is_file() for name in names)
 
 
 def seeds_of(task: str, seeds: Sequence[int]) -> Sequence[int]:

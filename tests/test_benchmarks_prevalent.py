@@ -133,6 +133,26 @@ def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
         assert (tmp_path / name).stat().st_size > 5000
 
 
+def test_a_report_names_what_is_not_finished_and_does_without(finished, tmp_path):
+    runs, _ = finished
+    splits = {task: (SEEN[task], UNSEEN[task]) for task in TASKS}
+    names = ("r2r-b-0.val_unseen", "ndh-a-0.val_seen", "ndh-d-0.val_seen", "r2r-d-0.val_unseen.pre-explored")
+    gone = [runs / f"{name}.scores.json" for name in names]
+    for file in gone:
+        file.rename(file.with_suffix(".away"))
+    try:
+        text = write(runs, tmp_path, [0], TASKS, ARMS, splits, SETTINGS).read_text()
+    finally:
+        for file in gone:
+            file.with_suffix(".away").rename(file)
+    assert "**Not finished, and left out: r2r (b), ndh (a), ndh (d).**" in text
+    assert "| (b) |" not in text and "| (c) |" in text and "## NDH" not in text and "## HANNA" in text
+    assert "### Settings" not in text
+    with pytest.raises(ValueError, match="has no arm with the scores of seeds 0, 7"):
+        write(runs, tmp_path / "none", [0, 7], TASKS, ARMS, splits)
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_manual_shows_the_numbers_of_the_report(finished, tmp_path, monkeypatch):
     runs, _ = finished
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
