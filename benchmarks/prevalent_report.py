@@ -477,6 +477,7 @@ def write(
     record = json.loads((folders[-1] / "provenance.json").read_text())[-1]
     numbers["runs"] = {
         "seeds": list(seeds), "arms": dict(labels), "minutes": round(spent / 60, 1),
+        "missing": [f"{task} ({arm})" for task, arm in missing],
         "provenance": {key: record[key] for key in ("device_name", "versions", "commit")},
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(numbers, indent=1) + "\n")

@@ -207,6 +207,8 @@ def pretraining() -> str:
             _scores(results, "hanna/val_unseen_all", arm, ("success",)),
         ]
         lines.append(f"| ({arm}) {label} | " + " | ".join(cells) + " |")
+    if runs["missing"]:
+        lines += ["", f"Not finished yet: {', '.join(runs['missing'])}."]
     lines += ["", "| difference, unseen houses | SR | SPL |", "|---|---|---|"]
     found = results["r2r/val_unseen"]["differences"]
     for pair in dict.fromkeys(name.rpartition(",")[0] for name in found):

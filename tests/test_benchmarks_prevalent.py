@@ -167,6 +167,9 @@ def test_the_manual_shows_the_numbers_of_the_report(finished, tmp_path, monkeypa
     assert f"| {scored['ndh']['trusted_path']['goal_progress']:.2f} |" in row
     assert row.endswith(f"| {100 * scored['hanna']['hanna']['success']:.1f} |")
     assert lines[f"| (b) {ARMS['b']}"].endswith("|  |  |") and "| c - a" in lines
+    assert "Not finished" not in readme.pretraining()
+    write(runs, tmp_path / "prevalent", [0], TASKS | {"ndh": ("a", "x")}, ARMS, splits)
+    assert "\nNot finished yet: ndh (x).\n" in readme.pretraining()
 
 
 def test_longer_fine_tuning_takes_the_time_of_the_pre_training_and_keeps_its_length(finished):
