@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,11 +179,7 @@ def real_jobs(data: Path, tokenizer: str, runs: Path, seeds: Sequence[int], leng
             words += ["--pretrained", str(model)] if needs else []
             jobs.append(_training(folder, needs, words, lengths.steps))
             scores = scores_file(runs, "real", arm, seed, "val_seen")
-            words = [
-                "vln.evaluate", str(folder), "--data", str(data), "--split", "val_seen", "--features",
-                RANDOM, "--max-steps", "12", "--submission-out", str(_submission(scores)),
-                "--out", str(scores),
-            ]  # fmt: skip
+            words = [*_walking(folder, data, "r2r", "val_seen", scores), "--features", RANDOM]
             jobs.append(Job(scores.name, (folder.name,), partial(list, words), scores.is_file))
     return jobs
 
@@ -216,21 +213,17 @@ def _agent_jobs(
         yield Job(scores.name, (folder.name,), partial(list, told), scores.is_file)
 
 
-def _walking(agent: Path, world: Path, task: str, split: str, scores: Path) -> list[str]:
+def _walking(agent: Path, data: Path, task: str, split: str, scores: Path) -> list[str]:
     return [
-        "vln.evaluate", str(agent), "--data", str(world), "--split", split, "--max-steps",
-        "24" if task == "hanna" else "12", "--submission-out", str(_submission(scores)),
-        "--out", str(scores),
+        "vln.evaluate", str(agent), "--data", str(data), "--split", split, "--max-steps",
+        "24" if task == "hanna" else "12", "--submission-out",
+        str(scores.with_name(scores.name.replace(".scores", ""))), "--out", str(scores),
     ]  # fmt: skip
 
 
 def scores_file(runs: Path, task: str, arm: str, seed: int, split: str) -> Path:
     """Where the scores of an agent are."""
     return runs / f"{task}-{arm}-{seed}.{split}.scores.json"
-
-
-def _submission(scores: Path) -> Path:
-    return scores.with_name(scores.name.replace(".scores", ""))
 
 
 def _training(folder: Path, after: tuple[str, ...], words: list[str], steps: int | Callable[[], int]) -> Job:
@@ -302,8 +295,9 @@ def run_jobs(jobs: Sequence[Job], runs: Path, *, workers: int) -> Iterator[str]:
         finally:
             stopping.set()
             for process in processes.values():
-                if process.returncode is None:
-                    os.kill(process.pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it may end at this very moment
+                    if process.returncode is None:
+                        os.kill(process.pid, signal.SIGTERM)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -450,7 +450,8 @@ def write(
                 maps = draw_maps(runs, seeds[0], scores, 0, out)
         if task == "r2r":
             lines += [*effort(runs, seeds, arms), ""]
-            if settings and _setting_scores(runs, seeds[0], splits[task][1], settings[-1]).is_file():
+            unseen = splits[task][1]
+            if settings and all(_setting_scores(runs, seeds[0], unseen, name).is_file() for name in settings):
                 lines += [
                     f"### Settings: (d) of seed {seeds[0]} on {splits[task][1]}", "",
                     "Never to be compared with each other: a search walks far before it decides, and a "
@@ -473,12 +474,13 @@ def write(
     lines += ["## What the speakers say", "", *spoken(runs, seeds), "", "## Runs", ""]
     folders = sorted(path.parent for path in runs.glob("*/provenance.json"))
     spent = sum(float(file.read_text()) for file in (runs / "logs").glob("*.seconds"))
-    lines += [f"All of it took {spent / 60:.0f} minutes of one core.", "", *provenance_table(folders), ""]
-    record = json.loads((folders[-1] / "provenance.json").read_text())[-1]
+    lines += [f"All of these took {spent / 60:.0f} minutes of one core.", "", *provenance_table(folders), ""]
+    records = [json.loads((folder / "provenance.json").read_text())[-1] for folder in folders]
     numbers["runs"] = {
         "seeds": list(seeds), "arms": dict(labels), "minutes": round(spent / 60, 1),
         "missing": [f"{task} ({arm})" for task, arm in missing],
-        "provenance": {key: record[key] for key in ("device_name", "versions", "commit")},
+        "device_name": records[-1]["device_name"], "torch": records[-1]["versions"]["torch"],
+        "commits": sorted({record["commit"] for record in records}),
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(numbers, indent=1) + "\n")
     write_atomically(out / "report.md", "\n".join(lines))

@@ -191,10 +191,12 @@ def pretraining() -> str:
         return "Its report is not here yet: no figure is given before all seeds are done."
     results = json.loads(path.read_text(encoding="utf-8"))
     runs = results["runs"]
+    commits = ", ".join(f"`{commit[:8]}`" for commit in runs["commits"])
     lines = [
         f"{len(runs['seeds'])} seeds, 95 % intervals over seeds and paths, {runs['minutes']:.0f} minutes of "
-        "one core in all. [Every arm, curves, maps and commands](../benchmarks/results/prevalent/report.md). "
-        f"{_machine(runs['provenance'])}",
+        f"one core {'so far' if runs['missing'] else 'in all'}. [Curves, maps and the command of every run]"
+        f"(../benchmarks/results/prevalent/report.md). {runs['device_name']}, torch {runs['torch']}, "
+        f"commits {commits}.",
         "",
         "| | R2R, seen houses: SR, SPL | R2R, unseen houses: SR, SPL | NDH, unseen: GP | HANNA, unseen: SR |",
         "|---|---|---|---|---|",

@@ -53,7 +53,8 @@ def walk(config: EvaluateConfig) -> Path:
     if loaded.task != "r2r" and (setting.name != "greedy" or config.dataset != "r2r"):
         wanted = config.dataset if setting.name == "greedy" else setting.name
         raise ValueError(f"{run} holds an agent for {loaded.task}: {wanted} is for those of R2R")
-    ending = "" if setting.name == "greedy" else f".{setting.name}"
+    ending = "" if config.dataset == "r2r" else f".{config.dataset}"
+    ending += "" if setting.name == "greedy" else f".{setting.name}"
     target = Path(options.submission_out or run / f"{config.split}{ending}.json")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"{target.absolute().parent} does not exist: make it first")

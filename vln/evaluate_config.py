@@ -30,8 +30,8 @@ class WalkConfig:
     turns: bool = False
     """Write the poses between viewpoints too, as the originals do; they count in steps, nDTW and CLS."""
     submission_out: str = ""
-    """Submission to write; RUN/SPLIT.json when empty, else RUN/SPLIT.SETTING.json, the setting being
-    search or pre-explored; what is learnt for the latter goes into a folder beside it."""
+    """Submission to write; when empty RUN/SPLIT.json, with .DATASET before .json if that is not r2r, and
+    .SETTING if that is search or pre-explored; what is learnt for the latter goes into a folder beside it."""
     device: str = "cpu"
     """Such as cpu or cuda."""
 
