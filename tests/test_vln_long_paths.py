@@ -59,8 +59,7 @@ def runs(data, tmp_path_factory):
 
 @pytest.mark.parametrize("name, reader", [("r4r", read_r4r), ("rxr", read_rxr)])
 def test_a_run_is_walked_and_scored_on_its_own_items(data, runs, capsys, name, reader):
-    words = [runs[name], "--data", data, "--dataset", name, "--split", "val_seen", "--features", "random:6",
-             "--max-steps", 6]  # fmt: skip
+    words = [runs[name], "--data", data, "--split", "val_seen", "--features", "random:6", "--max-steps", 6]
     evaluate.main([str(word) for word in words])
     assert f"{name} val_seen, greedy: " in capsys.readouterr().out
     result = json.loads((runs[name] / f"val_seen.{name}.json.scores.json").read_text())
@@ -74,6 +73,9 @@ def test_a_run_is_walked_and_scored_on_its_own_items(data, runs, capsys, name, r
     shortest = score_r2r(paths, items, graphs).shortest_length
     # For R4R the annotated way counts, which is longer than the shortest one.
     assert (sum(lengths) > 1.2 * shortest.sum()) == (name == "r4r")
+    # Given alone, a submission that was walked here is scored on the same items.
+    evaluate.main([str(runs[name] / f"val_seen.{name}.json"), "--data", str(data), "--split", "val_seen"])
+    assert f"{name} val_seen, greedy: " in capsys.readouterr().out
     # While it learns, a run scores itself the same way.
     told = [line for line in read_metrics(runs[name]) if "val_seen/shortest_length" in line][-1]
     assert told["val_seen/shortest_length"] == pytest.approx(expected["shortest_length"])
@@ -93,6 +95,6 @@ def test_a_data_set_of_another_task_is_refused(data, runs, tmp_path):
     submission.write_text(json.dumps([{"inst_idx": 1, "trajectory": [["a-0", 0.0, 0.0]]}]))
     with pytest.raises(SystemExit, match=r"ndh\.json is for ndh, not for rxr"):
         evaluate.main([str(submission), "--data", str(data), "--dataset", "rxr"])
-    with pytest.raises(SystemExit, match=r"missing.* unknown"):
+    with pytest.raises(SystemExit, match=r"missing.* unknown"):  # nothing says whose items these are: R2R's
         evaluate.main([str(runs["rxr"] / "samples" / "last_val_seen.json"), "--data", str(data),
                        "--split", "val_seen"])  # fmt: skip

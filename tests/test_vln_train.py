@@ -344,6 +344,14 @@ def test_a_model_of_other_features_or_words_and_pickled_weights_are_refused(data
 
 def test_a_damaged_agent_is_refused(data, tmp_path):
     run_here(data, tmp_path / "run", "--steps", 1)
+    settings = tmp_path / "run" / "best" / "agent.json"
+    told = json.loads(settings.read_text())
+    settings.write_text(json.dumps(told | {"dataset": "ndh"}))
+    with pytest.raises(ValueError, match="items of 'ndh', which are not for r2r"):
+        load_agent(tmp_path / "run")
+    # Those of earlier versions name no data set.
+    settings.write_text(json.dumps({name: value for name, value in told.items() if name != "dataset"}))
+    assert load_agent(tmp_path / "run").dataset == "r2r"
     weights = tmp_path / "run" / "best" / "agent.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="best is damaged, or of another version"):

@@ -38,9 +38,13 @@ class Loaded(NamedTuple):
     reading: Reading
     feature_size: int
     folder: Path
+    dataset: str = "r2r"
+    """Whose items it learned: r2r, r4r or rxr; for another task that task's own name."""
 
 
-def save_agent(folder: str | Path, agent: nn.Module, *, task: str, reading: Reading) -> None:
+def save_agent(
+    folder: str | Path, agent: nn.Module, *, task: str, reading: Reading, dataset: str = "r2r"
+) -> None:
     """Write an agent; each file under a temporary name first, the settings last.
 
     Args:
@@ -48,6 +52,7 @@ def save_agent(folder: str | Path, agent: nn.Module, *, task: str, reading: Read
         agent: of the task.
         task: r2r, ndh or hanna.
         reading: how items become its episodes.
+        dataset: r2r, r4r or rxr, whose items an agent for R2R learned.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +60,7 @@ def save_agent(folder: str | Path, agent: nn.Module, *, task: str, reading: Read
     settings = {
         "format": _FORMAT,
         "task": task,
+        "dataset": dataset if task == "r2r" else task,
         "trunk": trunk.config.to_dict(),
         "agent": asdict(config),  # type: ignore[call-overload, arg-type]
         "reading": reading._asdict(),
@@ -89,13 +95,17 @@ def load_agent(folder: str | Path) -> Loaded:
         if settings["format"] != _FORMAT:
             raise ValueError(f"it has format {settings['format']}, expected {_FORMAT}")
         task, reading = settings["task"], Reading(**settings["reading"])
+        # Folders of earlier versions name none.
+        dataset = settings.get("dataset", task)
+        if dataset not in (("r2r", "r4r", "rxr") if task == "r2r" else (task,)):
+            raise ValueError(f"it learned the items of {dataset!r}, which are not for {task}")
         trunk = Prevalent(PrevalentConfig.from_dict(settings["trunk"]))
         options = HannaAgentConfig if task == "hanna" else FollowerConfig
         agent = KINDS[task](trunk, options(**settings["agent"]))
         agent.load_state_dict(load_file(place / WEIGHTS), strict=True)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{place} is damaged, or of another version: {error}") from error
-    return Loaded(agent.eval(), task, reading, trunk.config.feature_size, place)
+    return Loaded(agent.eval(), task, reading, trunk.config.feature_size, place, dataset)
 
 
 def trunk_of(agent: Any) -> Prevalent:

@@ -22,7 +22,7 @@ from fq.provenance import provenance
 from fq.run import write_atomically
 from vln.data import HannaTask, NDHItem, R2RItem, RxRItem, read_hanna, read_ndh, read_r2r, read_r4r, read_rxr
 from vln.evaluate_config import EvaluateConfig, WalkConfig
-from vln.evaluate_provenance import setting_of
+from vln.evaluate_provenance import dataset_of, setting_of
 from vln.metrics import HannaScores, NDHScores, R2RScores, mean_scores, score_hanna, score_ndh, score_r2r
 from vln.navgraph import NavGraph, load_graphs
 from vln.submission import Submission, find_faults, read_submission
@@ -67,9 +67,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     submission = read_submission(config.submission)
     source, split = (config.items, None) if config.items else (config.data, config.split)
-    dataset = config.dataset if submission.task == "r2r" else submission.task
-    if config.dataset not in ("r2r", dataset):
+    if config.dataset and submission.task != "r2r":
         raise ValueError(f"{config.submission} is for {submission.task}, not for {config.dataset}")
+    dataset: str = submission.task
+    if dataset == "r2r":
+        dataset = config.dataset or dataset_of(config.submission) or dataset
     items = _READERS[dataset](source, split)
     graphs = load_graphs(config.graphs or config.data, sorted({item.scan_id for item in items}))
     faults = find_faults(submission, items, graphs)

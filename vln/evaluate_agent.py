@@ -50,10 +50,11 @@ def walk(config: EvaluateConfig) -> Path:
     """
     run, options, setting = Path(config.submission), config.agent, config.setting
     loaded = load_agent(run)
-    if loaded.task != "r2r" and (setting.name != "greedy" or config.dataset != "r2r"):
+    if loaded.task != "r2r" and (setting.name != "greedy" or config.dataset):
         wanted = config.dataset if setting.name == "greedy" else setting.name
         raise ValueError(f"{run} holds an agent for {loaded.task}: {wanted} is for those of R2R")
-    ending = "" if config.dataset == "r2r" else f".{config.dataset}"
+    dataset: Any = config.dataset or loaded.dataset
+    ending = f".{dataset}" if dataset in ("r4r", "rxr") else ""
     ending += "" if setting.name == "greedy" else f".{setting.name}"
     target = Path(options.submission_out or run / f"{config.split}{ending}.json")
     if not target.absolute().parent.is_dir():
@@ -61,8 +62,8 @@ def walk(config: EvaluateConfig) -> Path:
     if loaded.task == "hanna":
         write_atomically(target, json.dumps(_walk_and_ask(config, loaded)) + "\n")
     else:
-        write_submission(target, _walk(config, loaded, target))
-    write_provenance(target, setting.name, {"config": asdict(config)})
+        write_submission(target, _walk(config, loaded, dataset, target))
+    write_provenance(target, setting.name, {"dataset": dataset, "config": asdict(config)})
     return target
 
 
@@ -71,10 +72,9 @@ def exploration_folder(submission: Path) -> Path:
     return submission.with_name(f"{submission.name}.exploration")
 
 
-def _walk(config: EvaluateConfig, loaded: Loaded, target: Path) -> list[Prediction]:
+def _walk(config: EvaluateConfig, loaded: Loaded, dataset: Any, target: Path) -> list[Prediction]:
     """Rows of an R2R or NDH submission."""
     options, setting = config.agent, config.setting
-    dataset: Any = "ndh" if loaded.task == "ndh" else config.dataset
     items = read_items(config.items or config.data, dataset, None if config.items else config.split)
     scans = sorted({item.scan_id for item in items})
     world = World(load_graphs(config.graphs or config.data, scans))

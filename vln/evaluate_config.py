@@ -118,9 +118,10 @@ class EvaluateConfig:
     """Split of the items; with the R2R test split, which has no goals, the submission is checked alone."""
     data: str = "data/vln"
     """Folder with items and graphs, unpacked or in archives: r2r/, ndh/, hanna/, connectivity/."""
-    dataset: Literal["r2r", "r4r", "rxr"] = "r2r"
-    """Whose items an agent for R2R walks, or a submission of that form is for. For R4R the way as annotated,
-    not the shortest one, is the length in SPL."""
+    dataset: Literal["r2r", "r4r", "rxr"] | None = None
+    """Whose items an agent for R2R walks, or a submission of that form is for; when left out those that the
+    agent learned, and R2R's for a submission from elsewhere. For R4R the way as annotated, not the shortest
+    one, is the length in SPL."""
     items: str = ""
     """JSON file of the items instead."""
     graphs: str = ""

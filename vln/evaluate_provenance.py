@@ -35,15 +35,29 @@ def setting_of(submission: str | Path) -> str | None:
     Raises:
         ValueError: the record is damaged.
     """
+    return _told(submission, "setting")
+
+
+def dataset_of(submission: str | Path) -> str | None:
+    """Data set whose items were walked for a submission, if that is known of this very content.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    return _told(submission, "dataset")
+
+
+def _told(submission: str | Path, name: str) -> str | None:
     file = provenance_file(submission)
     if not file.is_file():
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        digest, setting = record["sha256"], str(record["setting"])
-    except (ValueError, KeyError, TypeError) as error:
+        # Records of earlier versions name no data set.
+        digest, value = record["sha256"], record["setting"] if name == "setting" else record.get(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: delete it, or walk the agent again ({error!r})") from error
-    return setting if digest == _digest(submission) else None
+    return str(value) if value is not None and digest == _digest(submission) else None
 
 
 def _digest(submission: str | Path) -> str:

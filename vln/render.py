@@ -189,12 +189,17 @@ def _folder(name: str) -> Path:
     return folder
 
 
+def _scored_on(task: str) -> Literal["r2r", "rxr"] | None:
+    """Data set of R2R's form that a task is, if it is one: never what the submission's record says."""
+    return "rxr" if task == "rxr" else "r2r" if task == "r2r" else None
+
+
 def _scores(config: EpisodesConfig, task: str) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Scores of every item and their means, by the table's columns."""
     result = evaluate(
         EvaluateConfig(
             submission=config.submission, split=config.split, data=config.data, items=config.items,
-            graphs=config.graphs, lenient=True, dataset="rxr" if task == "rxr" else "r2r",
+            graphs=config.graphs, lenient=True, dataset=_scored_on(task),
         )
     )  # fmt: skip
     way = "trusted_path" if task == "ndh" else task

@@ -158,7 +158,7 @@ def _evaluate(
             _write_samples(run.samples, name, found, now)
         if improved:
             items = config.items
-            save_agent(run.path / BEST, agent, task=items.task, reading=items.reading)
+            save_agent(run.path / BEST, agent, task=items.task, reading=items.reading, dataset=items.dataset)
         if is_last and config.run.maps:
             _draw(config, run.samples / "maps", found, opened)
     accelerator.wait_for_everyone()
