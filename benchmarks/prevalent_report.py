@@ -473,11 +473,15 @@ def write(
             lines += [*target_table(folders_of), ""]
     lines += ["## What the speakers say", "", *spoken(runs, seeds), "", "## Runs", ""]
     folders = sorted(path.parent for path in runs.glob("*/provenance.json"))
-    spent = sum(float(file.read_text()) for file in (runs / "logs").glob("*.seconds"))
-    lines += [f"All of these took {spent / 60:.0f} minutes of one core.", "", *provenance_table(folders), ""]
+    spent, besides = _spent(runs)
+    lines += [
+        f"Scores and differences in the houses took {spent:.0f} minutes of one core, all other figures on "
+        f"this page {besides:.0f}.", "", *provenance_table(folders), "",
+    ]  # fmt: skip
     records = [json.loads((folder / "provenance.json").read_text())[-1] for folder in folders]
     numbers["runs"] = {
-        "seeds": list(seeds), "arms": dict(labels), "minutes": round(spent / 60, 1),
+        "seeds": list(seeds), "arms": dict(labels), "minutes": round(spent, 1),
+        "minutes_besides": round(besides, 1),
         "missing": [f"{task} ({arm})" for task, arm in missing],
         "device_name": records[-1]["device_name"], "torch": records[-1]["versions"]["torch"],
         "commits": sorted({record["commit"] for record in records}),
@@ -485,6 +489,16 @@ def write(
     write_atomically(out / "results.json", json.dumps(numbers, indent=1) + "\n")
     write_atomically(out / "report.md", "\n".join(lines))
     return out / "report.md"
+
+
+def _spent(runs: Path) -> tuple[float, float]:
+    """Processor minutes: of the arms in the houses, and of R2R's own items, settings and kinds of action."""
+    minutes = [0.0, 0.0]
+    for file in (runs / "logs").glob("*.seconds"):
+        is_setting = any(f".{name}." in file.name for name in ("search", "pre-explored"))
+        besides = is_setting or file.name.startswith(("real-", "pretrain-rank-"))
+        minutes[besides] += float(file.read_text()) / 60
+    return minutes[0], minutes[1]
 
 
 def _is_scored(runs: Path, seeds: Sequence[int], task: str, arm: str, splits: Sequence[str]) -> bool:
@@ -500,16 +514,20 @@ def seeds_of(task: str, seeds: Sequence[int]) -> Sequence[int]:
 def _head(runs: Path, seeds: Sequence[int], real: bool) -> list[str]:
     more = " --real FOLDER --tokenizer FOLDER" if real else ""
     made = load_config(runs / "world" / "config.json")["config"]
+    train, unseen = (
+        len({item.scan_id for item in read_r2r(runs / "world", split)}) for split in ("train", "val_unseen")
+    )
     return [
         "# Pre-training in the embedded houses",
         "",
         f"`python -m benchmarks.prevalent --seeds {' '.join(map(str, seeds))}{more}`",
         "",
         f"A world of {made['num_seen']} training houses and {made['num_unseen']} unseen ones, seed "
-        f"{made['seed']}. Small networks from random weights; every seed has a speaker, pre-trainings and "
-        "agents of its own. Speaker, sampled paths and pre-training see the training houses alone, and the "
-        "best agent of a run is chosen on val_seen. ± is the deviation over seeds. A difference has the 95 % "
-        "interval of a bootstrap over seeds and paths, paired by seed and instruction.",
+        f"{made['seed']}; R2R's items lie in {train} and {unseen} of them. Small networks from random "
+        "weights; every seed has a speaker, pre-trainings and agents of its own. Speaker, sampled paths and "
+        "pre-training see the training houses alone, and the best agent of a run is chosen on val_seen. ± is "
+        "the deviation over seeds. A difference has the 95 % interval of a bootstrap over seeds and paths, "
+        "paired by seed and instruction.",
         "",
     ]
 

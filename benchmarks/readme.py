@@ -194,7 +194,7 @@ def pretraining() -> str:
     commits = ", ".join(f"`{commit[:8]}`" for commit in runs["commits"])
     lines = [
         f"{len(runs['seeds'])} seeds, 95 % intervals over seeds and paths, {runs['minutes']:.0f} minutes of "
-        f"one core {'so far' if runs['missing'] else 'in all'}. [Curves, maps and the command of every run]"
+        f"one core{' so far' if runs['missing'] else ''}. [Curves, maps and the command of every run]"
         f"(../benchmarks/results/prevalent/report.md). {runs['device_name']}, torch {runs['torch']}, "
         f"commits {commits}.",
         "",
@@ -211,11 +211,15 @@ def pretraining() -> str:
         lines.append(f"| ({arm}) {label} | " + " | ".join(cells) + " |")
     if runs["missing"]:
         lines += ["", f"Not finished yet: {', '.join(runs['missing'])}."]
-    lines += ["", "| difference, unseen houses | SR | SPL |", "|---|---|---|"]
-    found = results["r2r/val_unseen"]["differences"]
-    for pair in dict.fromkeys(name.rpartition(",")[0] for name in found):
-        cells = [_interval(found[f"{pair}, {field}"]) for field in ("success", "spl")]
-        lines.append(f"| {pair} | " + " | ".join(cells) + " |")
+    lines += ["", "| difference, unseen houses | SR | SPL | GP, m |", "|---|---|---|---|"]
+    for task, split in (("r2r", "val_unseen"), ("ndh", "val_unseen"), ("hanna", "val_unseen_all")):
+        found = results.get(f"{task}/{split}", {"differences": {}})["differences"]
+        for pair in dict.fromkeys(name.rpartition(",")[0] for name in found):
+            cells = [
+                _interval(found[name]) if (name := f"{pair}, {field}") in found else ""
+                for field in ("success", "spl", "goal_progress")
+            ]
+            lines.append(f"| {task.upper()}: {pair} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -231,7 +235,8 @@ def _scores(results: dict[str, Any], split: str, arm: str, fields: tuple[str, ..
 
 
 def _interval(found: dict[str, float]) -> str:
-    text = f"{found['mean']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]"
+    digits = 1 if max(abs(found["low"]), abs(found["high"])) >= 5 else 2
+    text = f"{found['mean']:+.{digits}f} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
     return text if found["low"] > 0 or found["high"] < 0 else f"{text}, 0 is inside"
 
 

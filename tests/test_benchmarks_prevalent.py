@@ -127,6 +127,16 @@ def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
     floor = [line["val_seen/action_floor"] for line in read_metrics(runs / "pretrain-rank-0")
              if "val_seen/action_floor" in line][-1]  # fmt: skip
     assert "| rank among the candidates | " in text and f" | {100 * floor:.1f} |" in text
+    # Settings, action target and R2R's own items are no part of what the table cost.
+    seconds = sum(float(file.read_text()) for file in (runs / "logs").glob("*.seconds"))
+    besides = 2 * 3 + 8 + 5 * 3
+    assert results["runs"]["minutes_besides"] == round(besides / 60, 1)
+    assert results["runs"]["minutes"] == round((seconds - besides) / 60, 1)
+    lain = len({item["scan"] for item in json.loads((runs / "world/r2r/R2R_train.json").read_text())})
+    assert (
+        lain < 4
+        and f"A world of 4 training houses and 1 unseen ones, seed 0; R2R's items lie in {lain} and" in text
+    )
     assert str(runs) not in text and "`python -m vln.pretrain houses" in text
     assert "(d) | as (c+)" in text and "| 192 |" in text  # 3 steps of 64 triplets
     for name in ("curves.png", "pretraining.png"):
@@ -166,7 +176,10 @@ def test_the_manual_shows_the_numbers_of_the_report(finished, tmp_path, monkeypa
     assert f"{100 * scored['r2r']['r2r']['success']:.1f}, {100 * scored['r2r']['r2r']['spl']:.1f} |" in row
     assert f"| {scored['ndh']['trusted_path']['goal_progress']:.2f} |" in row
     assert row.endswith(f"| {100 * scored['hanna']['hanna']['success']:.1f} |")
-    assert lines[f"| (b) {ARMS['b']}"].endswith("|  |  |") and "| c - a" in lines
+    assert lines[f"| (b) {ARMS['b']}"].endswith("|  |  |") and "| R2R: c - a" in lines
+    found = json.loads((tmp_path / "prevalent" / "results.json").read_text())["ndh/val_unseen"]["differences"]
+    assert f"{found['d - a, goal_progress']['mean']:+.2f} [" in lines["| NDH: d - a"].split(" | ")[-1]
+    assert "| HANNA: d - a" in lines
     assert "Not finished" not in readme.pretraining()
     write(runs, tmp_path / "prevalent", [0], TASKS | {"ndh": ("a", "x")}, ARMS, splits)
     assert "\nNot finished yet: ndh (x).\n" in readme.pretraining()
