@@ -50,6 +50,9 @@ DECIDING = ("a", "c", "d")
 RANKS = "pretrain-rank"
 """As (c), but the action is its rank among the candidates; pre-trained for the first seed, to compare."""
 
+ALONE = "actions"
+"""As (c), but nothing except the action is learnt: what that brings by itself, for the first seed."""
+
 REAL_ARMS, RANDOM = ("a", "c"), "random:64"
 NUM_SEEN = 120
 """Training houses: in few, paths are learnt by heart."""
@@ -141,6 +144,10 @@ def _seed_jobs(
         words_of = ["vln.pretrain", "houses", *common, *blind, "--action-target", "candidate_rank"]
         ranks = _training(runs / f"{RANKS}-{seed}", (), words_of, lengths.pretrain_steps)
         yield ranks._replace(late=True)
+        words_of = ["vln.pretrain", "houses", *common, *blind, "--no-mlm"]
+        alone = _training(runs / f"pretrain-{ALONE}-{seed}", (), words_of, lengths.pretrain_steps)
+        for job in (alone, *_agent_jobs("r2r", ALONE, world, runs, seed, seeds, lengths)):
+            yield job._replace(late=True)
         agent = runs / f"r2r-d-{seed}"
         given = ("--search", lengths.routes), ("--explore", lengths.explore_steps, "--explore-lr", 3e-4)
         for setting, options in zip(SETTINGS, given, strict=True):
