@@ -356,6 +356,44 @@ def target_table(folders: Mapping[str, Path]) -> list[str]:
     return lines
 
 
+def learnt_table(
+    runs: Path, seeds: Sequence[int], arms: Sequence[str], labels: Mapping[str, str], splits: Sequence[str]
+) -> list[str]:
+    """Losses of the pre-trainings on known scans beside what R2R's agents made of them, means over seeds."""
+    lines = [
+        "On paths of known scans that it did not see; beside it what the R2R agents made of it.", "",
+        "| pre-training | loss of masked words | loss of actions, lowest, at step | at the end | "
+        f"SR, SPL on {splits[0]} | on {splits[1]} |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    rows = {
+        arm: (f"({arm}) {labels[arm]}", seeds)
+        for arm in arms
+        if (runs / f"pretrain-{arm}-{seeds[0]}").is_dir()
+    }
+    if (runs / f"r2r-actions-{seeds[0]}.{splits[1]}.scores.json").is_file():
+        rows["actions"] = f"actions alone, seed {seeds[0]}", seeds[:1]
+    for arm, (title, each) in rows.items():
+        words, actions = (
+            [_curve(runs / f"pretrain-{arm}-{seed}", f"val_seen/{loss}_loss") for seed in each]
+            for loss in ("mlm", "action")
+        )
+        least = [min((loss, step) for step, loss in curve.items()) for curve in actions if curve]
+        cells = [
+            _mean([curve[max(curve)] for curve in words if curve]),
+            f"{_mean([loss for loss, _ in least])}, {', '.join(str(step) for _, step in least)}" if least else "",
+            _mean([curve[max(curve)] for curve in actions if curve]),
+        ]  # fmt: skip
+        for split in splits:
+            found = read_scores([runs / f"r2r-{arm}-{seed}.{split}.scores.json" for seed in each], "r2r")
+            cells.append(", ".join(f"{100 * found.values[name].mean():.1f}" for name in ("success", "spl")))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f}" if values else ""
+
+
 def spoken(runs: Path, seeds: Sequence[int]) -> list[str]:
     """How good the speakers are, and what they said."""
     lines = []
@@ -467,6 +505,8 @@ def write(
         lines += ["![pre-training](pretraining.png)", ""]
         targets = {"one of 36 views, counted from the heading, or STOP": "pretrain-c",
                    "rank among the candidates": "pretrain-rank"}  # fmt: skip
+        learnt = learnt_table(runs, seeds, tasks["r2r"], labels, splits["r2r"])
+        lines += ["## What the pre-training learns", "", *learnt, ""]
         folders_of = {title: runs / f"{name}-{seeds[0]}" for title, name in targets.items()}
         if all((folder / "model").is_dir() for folder in folders_of.values()):
             lines += ["## What the action is", "", f"As (c), seed {seeds[0]}, equally long:", ""]
@@ -496,7 +536,9 @@ def _spent(runs: Path) -> tuple[float, float]:
     minutes = [0.0, 0.0]
     for file in (runs / "logs").glob("*.seconds"):
         is_setting = any(f".{name}." in file.name for name in ("search", "pre-explored"))
-        besides = is_setting or file.name.startswith(("real-", "pretrain-rank-"))
+        besides = is_setting or file.name.startswith(
+            ("real-", "pretrain-rank-", "pretrain-actions-", "r2r-actions-")
+        )
         minutes[besides] += float(file.read_text()) / 60
     return minutes[0], minutes[1]
 

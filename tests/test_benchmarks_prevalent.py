@@ -87,8 +87,8 @@ def test_speaker_sampling_and_pre_training_never_see_unseen_houses(finished):
     _, seen = finished
     before = {name: scans for name, scans in seen.items() if name.startswith(("speaker", "told", "pretrain"))}
     assert not any(seen[name] for name in seen if name.startswith("real"))  # random vectors, no store
-    assert sorted(before) == ["pretrain-b-0", "pretrain-c+-0", "pretrain-c-0", "pretrain-d-0",
-                              "pretrain-rank-0", "speaker-0", "told-0.json"]  # fmt: skip
+    assert sorted(before) == ["pretrain-actions-0", "pretrain-b-0", "pretrain-c+-0", "pretrain-c-0",
+                              "pretrain-d-0", "pretrain-rank-0", "speaker-0", "told-0.json"]  # fmt: skip
     for name, scans in before.items():
         assert scans and all(scan.startswith("seen") for scan in scans), name
     assert any(scan.startswith("unseen") for scan in seen["r2r-a-0.val_unseen.scores.json"])
@@ -124,12 +124,17 @@ def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
         scored = json.loads((runs / f"r2r-d-0.val_unseen.{setting}.scores.json").read_text())
         assert scored["setting"] == setting
         assert f"| {setting} | {100 * scored['scores']['r2r']['success']:.1f} |" in text
+    curve = [line["val_seen/action_loss"] for line in read_metrics(runs / "pretrain-actions-0")
+             if "val_seen/action_loss" in line]  # fmt: skip
+    alone = next(line for line in text.splitlines() if line.startswith("| actions alone, seed 0 |"))
+    assert f"|  | {min(curve):.3f}, " in alone and f" | {curve[-1]:.3f} | " in alone
+    assert "| (b) masked words | " in text
     floor = [line["val_seen/action_floor"] for line in read_metrics(runs / "pretrain-rank-0")
              if "val_seen/action_floor" in line][-1]  # fmt: skip
     assert "| rank among the candidates | " in text and f" | {100 * floor:.1f} |" in text
     # Settings, action target and R2R's own items are no part of what the table cost.
     seconds = sum(float(file.read_text()) for file in (runs / "logs").glob("*.seconds"))
-    besides = 2 * 3 + 8 + 5 * 3
+    besides = 2 * 3 + 8 + (8 + 3 * 3) + 5 * 3
     assert results["runs"]["minutes_besides"] == round(besides / 60, 1)
     assert results["runs"]["minutes"] == round((seconds - besides) / 60, 1)
     lain = len({item["scan"] for item in json.loads((runs / "world/r2r/R2R_train.json").read_text())})
