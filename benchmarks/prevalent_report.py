@@ -380,7 +380,7 @@ def learnt_table(
         least = [min((loss, step) for step, loss in curve.items()) for curve in actions if curve]
         cells = [
             _mean([curve[max(curve)] for curve in words if curve]),
-            f"{_mean([loss for loss, _ in least])}, {', '.join(str(step) for _, step in least)}" if least else "",
+            ", ".join(filter(None, [_mean([loss for loss, _ in least]), *(str(step) for _, step in least)])),
             _mean([curve[max(curve)] for curve in actions if curve]),
         ]  # fmt: skip
         for split in splits:
