@@ -139,8 +139,7 @@ def test_report_has_every_arm_with_the_scores_of_its_file(finished, tmp_path):
     assert results["runs"]["minutes"] == round((seconds - besides) / 60, 1)
     lain = len({item["scan"] for item in json.loads((runs / "world/r2r/R2R_train.json").read_text())})
     assert (
-        lain < 4
-        and f"A world of 4 training houses and 1 unseen ones, seed 0; R2R's items lie in {lain} and" in text
+        f"A world of 4 training houses and 1 unseen ones, seed 0; R2R's items lie in {lain} and 1 of" in text
     )
     assert str(runs) not in text and "`python -m vln.pretrain houses" in text
     assert "(d) | as (c+)" in text and "| 192 |" in text  # 3 steps of 64 triplets
@@ -183,7 +182,7 @@ def test_the_manual_shows_the_numbers_of_the_report(finished, tmp_path, monkeypa
     assert row.endswith(f"| {100 * scored['hanna']['hanna']['success']:.1f} |")
     assert lines[f"| (b) {ARMS['b']}"].endswith("|  |  |") and "| R2R: c - a" in lines
     found = json.loads((tmp_path / "prevalent" / "results.json").read_text())["ndh/val_unseen"]["differences"]
-    assert f"{found['d - a, goal_progress']['mean']:+.2f} [" in lines["| NDH: d - a"].split(" | ")[-1]
+    assert f"{found['d - a, goal_progress']['mean']:+.1f}" in lines["| NDH: d - a"].split(" | ")[-1]
     assert "| HANNA: d - a" in lines
     assert "Not finished" not in readme.pretraining()
     write(runs, tmp_path / "prevalent", [0], TASKS | {"ndh": ("a", "x")}, ARMS, splits)
