@@ -25,7 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.prevalent_report import add_processor_seconds, processor_seconds, seeds_of, write
+from benchmarks.prevalent_report import (
+    ALONE,
+    RANKS,
+    SETTINGS,
+    add_processor_seconds,
+    processor_seconds,
+    seeds_of,
+    write,
+)
 from fq.run import load_config, newest_checkpoint
 
 ARMS = {
@@ -42,16 +50,8 @@ SEEN = {"r2r": "val_seen", "ndh": "val_seen", "hanna": "val_seen_env"}
 CHOSEN_BY = {"r2r": "val_seen/spl", "ndh": "val_seen/goal_progress", "hanna": "val_seen_env/spl"}
 """What the best agent of a run is best in: houses that it knows."""
 
-SETTINGS = ("search", "pre-explored")
-"""More than one greedy walk; tried on the first seed's (d)."""
 DECIDING = ("a", "c", "d")
 """What the experiment is for; the other arms are run behind these, of all seeds."""
-
-RANKS = "pretrain-rank"
-"""As (c), but the action is its rank among the candidates; pre-trained for the first seed, to compare."""
-
-ALONE = "actions"
-"""As (c), but nothing except the action is learnt: what that brings by itself, for the first seed."""
 
 REAL_ARMS, RANDOM = ("a", "c"), "random:64"
 NUM_SEEN = 120

@@ -19,6 +19,15 @@ from vln.plans import read_plans
 from vln.render import episodes_of
 from vln.submission import read_submission
 
+SETTINGS = ("search", "pre-explored")
+"""More than one greedy walk; tried on the first seed's (d)."""
+
+RANKS = "pretrain-rank"
+"""As (c), but the action is its rank among the candidates; pre-trained for the first seed, to compare."""
+
+ALONE = "actions"
+"""As (c), but nothing except the action is learnt: what that brings by itself, for the first seed."""
+
 RESAMPLES = 10_000
 _MAPS = 3
 
@@ -370,8 +379,8 @@ def learnt_table(
         for arm in arms
         if (runs / f"pretrain-{arm}-{seeds[0]}").is_dir()
     }
-    if (runs / f"r2r-actions-{seeds[0]}.{splits[1]}.scores.json").is_file():
-        rows["actions"] = f"actions alone, seed {seeds[0]}", seeds[:1]
+    if (runs / f"r2r-{ALONE}-{seeds[0]}.{splits[1]}.scores.json").is_file():
+        rows[ALONE] = f"actions alone, seed {seeds[0]}", seeds[:1]
     for arm, (title, each) in rows.items():
         words, actions = (
             [_curve(runs / f"pretrain-{arm}-{seed}", f"val_seen/{loss}_loss") for seed in each]
@@ -504,7 +513,7 @@ def write(
         draw_pretraining(runs, seeds, trained, out / "pretraining.png")
         lines += ["![pre-training](pretraining.png)", ""]
         targets = {"one of 36 views, counted from the heading, or STOP": "pretrain-c",
-                   "rank among the candidates": "pretrain-rank"}  # fmt: skip
+                   "rank among the candidates": RANKS}  # fmt: skip
         learnt = learnt_table(runs, seeds, tasks["r2r"], labels, splits["r2r"])
         lines += ["## What the pre-training learns", "", *learnt, ""]
         folders_of = {title: runs / f"{name}-{seeds[0]}" for title, name in targets.items()}
@@ -533,13 +542,10 @@ def write(
 
 def _spent(runs: Path) -> tuple[float, float]:
     """Processor minutes: of the arms in the houses, and of R2R's own items, settings and kinds of action."""
-    minutes = [0.0, 0.0]
+    minutes, others = [0.0, 0.0], ("real-", f"{RANKS}-", f"pretrain-{ALONE}-", f"r2r-{ALONE}-")
     for file in (runs / "logs").glob("*.seconds"):
-        is_setting = any(f".{name}." in file.name for name in ("search", "pre-explored"))
-        besides = is_setting or file.name.startswith(
-            ("real-", "pretrain-rank-", "pretrain-actions-", "r2r-actions-")
-        )
-        minutes[besides] += float(file.read_text()) / 60
+        is_setting = any(f".{name}." in file.name for name in SETTINGS)
+        minutes[is_setting or file.name.startswith(others)] += float(file.read_text()) / 60
     return minutes[0], minutes[1]
 
 

@@ -76,6 +76,12 @@ def test_a_run_is_walked_and_scored_on_its_own_items(data, runs, capsys, name, r
     # Given alone, a submission that was walked here is scored on the same items.
     evaluate.main([str(runs[name] / f"val_seen.{name}.json"), "--data", str(data), "--split", "val_seen"])
     assert f"{name} val_seen, greedy: " in capsys.readouterr().out
+    record = runs[name] / f"val_seen.{name}.json.provenance.json"
+    told = record.read_text()
+    record.write_text(told.replace(f'"dataset": "{name}"', '"dataset": "other"'))
+    with pytest.raises(SystemExit, match=r"provenance\.json is damaged: .* \(dataset 'other'\)"):
+        evaluate.main([str(runs[name] / f"val_seen.{name}.json"), "--data", str(data), "--split", "val_seen"])
+    record.write_text(told)
     # While it learns, a run scores itself the same way.
     told = [line for line in read_metrics(runs[name]) if "val_seen/shortest_length" in line][-1]
     assert told["val_seen/shortest_length"] == pytest.approx(expected["shortest_length"])

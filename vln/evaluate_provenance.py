@@ -11,6 +11,8 @@ from typing import Any
 from fq.provenance import provenance
 from fq.run import write_atomically
 
+DATASETS = ("r2r", "r4r", "rxr", "ndh", "hanna")
+
 
 def provenance_file(submission: str | Path) -> Path:
     """Where the provenance of a submission is."""
@@ -44,7 +46,11 @@ def dataset_of(submission: str | Path) -> str | None:
     Raises:
         ValueError: the record is damaged.
     """
-    return _told(submission, "dataset")
+    dataset = _told(submission, "dataset")
+    if dataset not in (None, *DATASETS):
+        file = provenance_file(submission)
+        raise ValueError(f"{file} is damaged: delete it, or walk the agent again (dataset {dataset!r})")
+    return dataset
 
 
 def _told(submission: str | Path, name: str) -> str | None:
