@@ -1,5 +1,6 @@
 """HANNA's assistant and teachers on a grid, where all ways are known."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,15 @@ def test_the_answer_departs_where_a_goal_is_nearest():
     other = Assistant([route("up", 0, 5), route("near", 0, 1, 2, split="train")], {"house": GRAPH})
     assert other.can_answer("house", name(0))
     assert other.answer("house", name(0), [name(3)], split="val") is None
+
+
+def test_there_is_no_answer_without_a_goal_that_can_be_reached(recwarn):
+    cut = dataclasses.replace(GRAPH, edges=GRAPH.edges[(GRAPH.edges != 19).all(1)])
+    assistant = Assistant([route("up", 0, 5)], {"house": cut})
+    assert assistant.answer("house", name(0), [], split="val") is None
+    assert assistant.answer("house", name(0), [name(19)], split="val") is None
+    assert assistant.answer("house", name(0), [name(19), name(10)], split="val").goal_node == name(10)
+    assert not recwarn.list
 
 
 def test_the_shortest_action_leads_to_the_nearest_target():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,7 @@ class Assistant:
         self._from: dict[tuple[str, str], list[Route]] = {}
         for route in routes:
             self._from.setdefault((route.scan_id, route.path[0]), []).append(route)
+        self._known: dict[tuple[str, str], tuple[list[Route], np.ndarray, np.ndarray]] = {}
 
     def routes_at(self, scan_id: str, viewpoint_id: str) -> list[Route]:
         """Routes that can be entered from a viewpoint: its own first, then those of near neighbours.
@@ -116,24 +118,36 @@ class Assistant:
             viewpoint_id: where the agent asks.
             goals: viewpoint ids.
             split: whose routes may be named.
-            draw: among equally near ones; the first by default, as in evaluation.
+            draw: among two and more that are equally near; the first by default, as in evaluation.
 
         Raises:
             ValueError: a viewpoint is unknown.
         """
         graph = self._graphs[scan_id]
-        ends = [graph.index(goal) for goal in goals]
-        ways = [
-            (float(graph.distances[graph.index(node), end]), Answer(route, node, goal))
-            for route in self.routes_at(scan_id, viewpoint_id)
-            for node in route.path
-            for goal, end in zip(goals, ends, strict=True)
+        routes, owners, nodes = self._points(scan_id, viewpoint_id)
+        ends = np.array([graph.index(goal) for goal in goals], dtype=np.int64)
+        far = graph.distances[nodes[:, None], ends]
+        if not np.isfinite(far.min(initial=np.inf)):
+            return None
+        kept = [
+            (routes[owners[point]], int(nodes[point]), goal)
+            for point, goal in np.argwhere(far - far.min() <= _TIE).tolist()
+            if routes[owners[point]].split == split
         ]
-        least = min((distance for distance, _ in ways), default=0.0)
-        kept = [found for distance, found in ways if distance - least <= _TIE and found.route.split == split]
         if not kept:
             return None
-        return kept[draw(len(kept)) if draw else 0]
+        route, node, goal = kept[draw(len(kept)) if draw and len(kept) > 1 else 0]
+        return Answer(route, graph.viewpoint_ids[node], goals[goal])
+
+    def _points(self, scan_id: str, viewpoint_id: str) -> tuple[list[Route], np.ndarray, np.ndarray]:
+        """Routes that can be entered here, and all their points: the route's place in the list, the node."""
+        key = (scan_id, viewpoint_id)
+        if key not in self._known:
+            graph, routes = self._graphs[scan_id], self.routes_at(scan_id, viewpoint_id)
+            points = [(place, graph.index(node)) for place, route in enumerate(routes) for node in route.path]
+            owners, nodes = np.array(points, dtype=np.int64).reshape(-1, 2).T
+            self._known[key] = routes, owners, nodes
+        return self._known[key]
 
 
 # ---- teachers
