@@ -198,8 +198,9 @@ def pretraining() -> str:
         f"(../benchmarks/results/prevalent/report.md). {runs['device_name']}, torch {runs['torch']}, "
         f"commits {commits}.",
         "",
-        "| | R2R, seen houses: SR, SPL | R2R, unseen houses: SR, SPL | NDH, unseen: GP | HANNA, unseen: SR |",
-        "|---|---|---|---|---|",
+        "| | R2R, seen houses: SR, SPL | R2R, unseen houses: SR, SPL | NDH, unseen: GP | HANNA, unseen: SR | "
+        "R2R's own scans, all seen, random vectors: SR, SPL |",
+        "|---|---|---|---|---|---|",
     ]
     for arm, label in runs["arms"].items():
         cells = [
@@ -207,20 +208,29 @@ def pretraining() -> str:
             _scores(results, "r2r/val_unseen", arm, ("success", "spl")),
             _scores(results, "ndh/val_unseen", arm, ("goal_progress",)),
             _scores(results, "hanna/val_unseen_all", arm, ("success",)),
+            _scores(results, "real/val_seen", arm, ("success", "spl")),
         ]
         lines.append(f"| ({arm}) {label} | " + " | ".join(cells) + " |")
     if runs["missing"]:
         lines += ["", f"Not finished yet: {', '.join(runs['missing'])}."]
-    lines += ["", "| difference, unseen houses | SR | SPL | GP, m |", "|---|---|---|---|"]
-    for task, split in (("r2r", "val_unseen"), ("ndh", "val_unseen"), ("hanna", "val_unseen_all")):
-        found = results.get(f"{task}/{split}", {"differences": {}})["differences"]
+    lines += ["", "| difference | SR | SPL | GP, m |", "|---|---|---|---|"]
+    for split, label in _COMPARED.items():
+        found = results.get(split, {"differences": {}})["differences"]
         for pair in dict.fromkeys(name.rpartition(",")[0] for name in found):
             cells = [
                 _interval(found[name]) if (name := f"{pair}, {field}") in found else ""
                 for field in ("success", "spl", "goal_progress")
             ]
-            lines.append(f"| {task.upper()}: {pair} | " + " | ".join(cells) + " |")
+            lines.append(f"| {label}: {pair} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+_COMPARED = {
+    "r2r/val_unseen": "R2R, unseen houses",
+    "ndh/val_unseen": "NDH, unseen houses",
+    "hanna/val_unseen_all": "HANNA, unseen houses",
+    "real/val_seen": "R2R's own scans, all seen",
+}
 
 
 def _scores(results: dict[str, Any], split: str, arm: str, fields: tuple[str, ...]) -> str:

@@ -179,14 +179,18 @@ def test_the_manual_shows_the_numbers_of_the_report(finished, tmp_path, monkeypa
     row = lines[f"| (d) {ARMS['d']}"]
     assert f"{100 * scored['r2r']['r2r']['success']:.1f}, {100 * scored['r2r']['r2r']['spl']:.1f} |" in row
     assert f"| {scored['ndh']['trusted_path']['goal_progress']:.2f} |" in row
-    assert row.endswith(f"| {100 * scored['hanna']['hanna']['success']:.1f} |")
-    assert lines[f"| (b) {ARMS['b']}"].endswith("|  |  |") and "| R2R: c - a" in lines
+    assert row.endswith(f"| {100 * scored['hanna']['hanna']['success']:.1f} |  |")
+    assert lines[f"| (b) {ARMS['b']}"].endswith("|  |  |  |") and "| R2R, unseen houses: c - a" in lines
     found = json.loads((tmp_path / "prevalent" / "results.json").read_text())["ndh/val_unseen"]["differences"]
-    assert f"{found['d - a, goal_progress']['mean']:+.1f}" in lines["| NDH: d - a"].split(" | ")[-1]
-    assert "| HANNA: d - a" in lines
+    gained = lines["| NDH, unseen houses: d - a"].split(" | ")[-1]
+    assert f"{found['d - a, goal_progress']['mean']:+.1f}" in gained
+    assert "| HANNA, unseen houses: d - a" in lines and not any("R2R's own" in name for name in lines)
     assert "Not finished" not in readme.pretraining()
     write(runs, tmp_path / "prevalent", [0], TASKS | {"ndh": ("a", "x")}, ARMS, splits)
     assert "\nNot finished yet: ndh (x).\n" in readme.pretraining()
+    real = {"real": REAL_ARMS}, {"real": ("val_seen",)}
+    write(runs, tmp_path / "prevalent", [0], TASKS | real[0], ARMS, splits | real[1])
+    assert "\n| R2R's own scans, all seen: c - a | " in readme.pretraining()
 
 
 def test_longer_fine_tuning_takes_the_time_of_the_pre_training_and_keeps_its_length(finished):

@@ -16,8 +16,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 R2R = [
     {"path_id": 4, "scan": "house", "heading": 1.0, "path": ["house-0", "house-1", "house-2"],
-     "distance": 3.8, "instructions": ["go", "walk"]},
-    {"path_id": 9, "scan": "house", "heading": 0.0, "path": ["house-2", "house-4"], "distance": 1.9,
+     "distance": 3.83, "instructions": ["go", "walk"]},
+    {"path_id": 9, "scan": "house", "heading": 0.0, "path": ["house-2", "house-4"], "distance": 1.92,
      "instructions": ["stop"]},
 ]  # fmt: skip
 TEST = [
@@ -176,7 +176,7 @@ def test_items_are_read_from_files_folders_and_archives(data):
     items = read_r2r(data, "val_seen")
     assert items == read_r2r(data / "r2r" / "R2R_val_seen.json")
     assert items[0].path == ("house-0", "house-1", "house-2") and items[0].instruction_ids == ("4_0", "4_1")
-    assert (items[0].distance, items[0].heading, items[1].scan_id) == (3.8, 1.0, "house")
+    assert (items[0].distance, items[0].heading, items[1].scan_id) == (3.83, 1.0, "house")
     assert read_r2r(data, "test")[0].distance is None
     dialogue = read_ndh(data, "val_seen")[0]
     assert (dialogue.start, dialogue.heading, dialogue.end_panos) == ("house-0", 0.5, ("house-5", "house-6"))

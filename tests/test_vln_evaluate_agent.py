@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 from tiny_agents import NDHFollower
 from tiny_vln import write_folder
-from tiny_walkers import refused, run_walk, write_agent, write_speaker
+from tiny_walkers import refused, run_score, run_walk, write_agent, write_speaker
 
+from vln import evaluate
 from vln.data import read_r2r
 from vln.evaluate_config import EvaluateConfig, SettingConfig, WalkConfig
 from vln.evaluate_provenance import provenance_file, setting_of
@@ -82,13 +83,14 @@ def test_a_setting_is_known_of_the_very_submission_alone(data, tmp_path, capsys)
     assert setting_of(submission) == "search"
     record = json.loads(provenance_file(submission).read_text())
     assert record["config"]["setting"]["search"] == 2
-    alone = run_walk(capsys, data, submission)
+    alone = run_score(capsys, data, submission)
     assert alone[0] == "r2r val_seen, search: 8 items, nothing to refuse"
     submission.write_text(submission.read_text() + " ")
     assert setting_of(submission) is None
-    assert run_walk(capsys, data, submission)[0] == "r2r val_seen: 8 items, nothing to refuse"
+    assert run_score(capsys, data, submission)[0] == "r2r val_seen: 8 items, nothing to refuse"
     provenance_file(submission).write_text("{")
-    assert "provenance.json is damaged: delete it" in refused(capsys, data, submission)
+    with pytest.raises(SystemExit, match=r"provenance\.json is damaged: delete it"):
+        run_score(capsys, data, submission)
 
 
 def test_what_search_is_not_for_is_refused(data, tmp_path, capsys):
@@ -106,6 +108,8 @@ def test_what_search_is_not_for_is_refused(data, tmp_path, capsys):
     submission = tmp_path / "mine.json"
     submission.write_text("[]")
     assert "mine.json is no folder: search and" in refused(capsys, data, submission, "--search", 2)
+    with pytest.raises(SystemExit, match="how to walk, are for a run of vln"):
+        evaluate.main([str(submission), "--data", str(data), "--turns"])
     text = refused(capsys, data, agent, "--submission-out", tmp_path / "below" / "mine.json")
     assert "below does not exist: make it first" in text
 

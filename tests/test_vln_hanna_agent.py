@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from tiny_vln import grid, tiny_model
 
 from fq.run import read_metrics
-from vln import evaluate, train
+from vln import evaluate, train, train_hanna
 from vln.agent_hanna import (
     HannaNoise,
     Helpers,
@@ -222,8 +222,25 @@ def test_the_command_trains_and_scores_other_tasks(houses, tmp_path, monkeypatch
     assert list((out / "samples" / "maps").glob("*.png"))
     stated = json.loads((out / "samples" / "best_scores.json").read_text())["scores"][unseen]
     scores = tmp_path / "scores.json"
-    evaluate.main([str(out), "--data", str(houses), "--split", unseen, "--out", str(scores),
-                   "--max-steps", "5"])  # fmt: skip
+    # It walks as far as in the run.
+    evaluate.main([str(out), "--data", str(houses), "--split", unseen, "--out", str(scores)])
     again = json.loads(scores.read_text())["scores"]["hanna" if task == "hanna" else "trusted_path"]
     assert again == pytest.approx(stated)
     assert f"{task} {unseen}" in capsys.readouterr().out
+    if task == "hanna":
+        with pytest.raises(
+            SystemExit, match="an agent for hanna: --avoid-loops and --turns are for R2R and NDH"
+        ):
+            evaluate.main([str(out), "--data", str(houses), "--split", unseen, "--turns"])
+
+
+def test_tasks_are_evaluated_whole():
+    def task(number):
+        return HannaTask(number, "a", 0.0, (("x",),), ("find it", "look for it"))
+
+    episodes = episodes_of_tasks([task(number) for number in (7, 3, 5, 1)])
+    assert (
+        train_hanna._evenly(episodes, 0).tolist() == train_hanna._evenly(episodes, 8).tolist() == [*range(8)]
+    )
+    assert train_hanna._evenly(episodes, 4).tolist() == [0, 1, 4, 5]
+    assert train_hanna._evenly(episodes, 1).tolist() == [0, 1]

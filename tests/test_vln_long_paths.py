@@ -59,7 +59,7 @@ def runs(data, tmp_path_factory):
 
 @pytest.mark.parametrize("name, reader", [("r4r", read_r4r), ("rxr", read_rxr)])
 def test_a_run_is_walked_and_scored_on_its_own_items(data, runs, capsys, name, reader):
-    words = [runs[name], "--data", data, "--split", "val_seen", "--features", "random:6", "--max-steps", 6]
+    words = [runs[name], "--data", data, "--split", "val_seen", "--features", "random:6"]
     evaluate.main([str(word) for word in words])
     assert f"{name} val_seen, greedy: " in capsys.readouterr().out
     result = json.loads((runs[name] / f"val_seen.{name}.json.scores.json").read_text())
@@ -84,7 +84,7 @@ def test_a_run_is_walked_and_scored_on_its_own_items(data, runs, capsys, name, r
     record.write_text(told)
     # While it learns, a run scores itself the same way.
     told = [line for line in read_metrics(runs[name]) if "val_seen/shortest_length" in line][-1]
-    assert told["val_seen/shortest_length"] == pytest.approx(expected["shortest_length"])
+    assert {field: told[f"val_seen/{field}"] for field in expected} == pytest.approx(expected)
 
 
 def test_scores_stand_on_the_maps_of_rxr(data, runs, tmp_path):

@@ -83,6 +83,11 @@ def test_a_run_learns_and_leaves_a_model(data, tmp_path, capsys):
     assert all(torch.equal(exported[name], value) for name, value in model.state_dict().items())
     assert model.config.feature_size == 6 and (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
     assert "triplets of 2 scans" in capsys.readouterr().out
+    told = (tmp_path / "run" / "samples" / "val_seen_000040.md").read_text().splitlines()
+    assert len([line for line in told if line.startswith("* ")]) == 12 and "[PAD]" not in "".join(told)
+    assert any("[" in line and ": " in line for line in told) and any(
+        "  Action: STOP;" in line for line in told
+    )
 
 
 def test_a_killed_run_resumes_to_the_bit(data, tmp_path, monkeypatch):
@@ -151,10 +156,18 @@ def test_a_run_begins_from_other_checkpoints(data, tmp_path):
     save_released(tiny_model(vocab_size=words), tmp_path / "released")
     tiny_model(vocab_size=words).save_pretrained(tmp_path / "ours")
     expected = tiny_model(vocab_size=words).state_dict()
-    for name in ("released", "ours"):
+    tiny_model(vocab_size=words).save_pretrained(tmp_path / "run" / "model")
+    for name in ("released", "ours", "run"):
         sizes = SizesConfig(init=str(tmp_path / name), angle_size=4)
         state = pretrain.build_model(sizes, opened, num_words=words).state_dict()
         assert all(torch.equal(state[key], expected[key]) for key in expected)
+    tiny_model(vocab_size=words, action_target="view").save_pretrained(tmp_path / "views")
+    given = [*SMALL, "--data", str(data), "--init", str(tmp_path / "views"), "--export"]
+    with pytest.raises(
+        SystemExit, match="a model that tells views but the released layout knows candidate_r"
+    ):
+        pretrain.main([*given, "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new" / "config.json").exists()
     with pytest.raises(ValueError, match="trained with 6 features a view and 40 words, but the data have 6"):
         tiny_model().save_pretrained(tmp_path / "other")
         pretrain.build_model(SizesConfig(init=str(tmp_path / "other")), opened, num_words=words)

@@ -59,6 +59,15 @@ def test_everything_walked_is_on_the_graph_and_ends_with_the_chosen_route():
     assert few.num_expansions == 1 and len(few.routes) <= 1
 
 
+def test_a_state_is_a_viewpoint_and_an_action():
+    """Every viewpoint is looked at from once for each neighbour it can be entered from, and at the start."""
+    found = state_factored_search(tiny_agent(), PLACE, one(), num_routes=99, max_expansions=999, max_steps=99)
+    graph = PLACE.world.graph("a")
+    assert found.num_expansions == len(graph.edges) + 1
+    assert {route.viewpoints[-1] for route in found.routes} == set(range(len(graph.viewpoint_ids)))
+    assert len(found.routes) == len(graph.viewpoint_ids)
+
+
 def test_a_speaker_chooses_among_the_routes():
     agent, episode = tiny_agent(), one()
     plain = state_factored_search(agent, PLACE, episode, num_routes=6, max_steps=6)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,11 +15,14 @@ from accelerate.state import AcceleratorState
 from tiny_vln import tiny_model, write_folder
 
 from fq.run import RunFolder, checkpoint_tensors, newest_checkpoint, read_metrics
-from vln import train
+from vln import evaluate, pretrain_data, speaker_data, train
 from vln.agent_data import make_split, pick_pairs, read_items
 from vln.agent_folder import load_agent, trunk_of
 from vln.data import R2RItem, read_r2r
+from vln.evaluate_config import EvaluateConfig
 from vln.model import Prevalent
+from vln.pretrain_config import TripletsConfig
+from vln.speaker_config import PathsConfig
 from vln.submission import find_faults, read_submission
 from vln.train_config import (
     HOUSES,
@@ -192,6 +196,9 @@ def test_an_agent_of_a_run_can_start_another(data, tmp_path):
     other = replace(HOUSES, items=ItemsConfig(task="ndh"), model=AgentConfig(agent=str(tmp_path / "first")))
     with pytest.raises(ValueError, match="holds an agent for r2r, not for ndh"):
         build_agent(other, num_words=40, pad_id=0, feature_size=6)
+    other = replace(other, items=ItemsConfig(num_instructions=3), learn=PAPER.learn)
+    with pytest.raises(ValueError, match="reads 1 instructions together but num_instructions is 3"):
+        build_agent(other, num_words=40, pad_id=0, feature_size=6)
 
 
 def test_bf16_and_three_instructions(data, tmp_path):
@@ -255,6 +262,26 @@ def test_data_sets_and_path_types_are_checked(data):
         make_split("x", read_r2r(data, "train"), opened.world, opened.tokenizer, reading)
 
 
+def test_items_that_do_not_fit_the_graphs_are_spoken_of(data, tmp_path):
+    folder = str(shutil.copytree(data, tmp_path / "world"))
+    (file,) = Path(folder).rglob("R2R_val_seen.json")
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps([rows[0] | {"distance": 99.0}, *rows[1:]]))
+    expected = rf"split val_seen: item {rows[0]['path_id']}: 99\.00 m are stated but"
+    plain, mine = {"data": folder, "features": "random:6"}, tmp_path / "mine.json"
+    stays = [{"instr_id": f"{row['path_id']}_{number}", "trajectory": [[row["path"][0], 0, 0]]}
+             for row in rows for number in range(len(row["instructions"]))]  # fmt: skip
+    mine.write_text(json.dumps(stays))
+    for read in (
+        lambda: open_data(ItemsConfig(**plain)),
+        lambda: pretrain_data.open_data(TripletsConfig(**plain)),
+        lambda: speaker_data.open_data(PathsConfig(**plain)),
+        lambda: evaluate.evaluate(EvaluateConfig(submission=str(mine), data=folder, split="val_seen")),
+    ):
+        with pytest.warns(UserWarning, match=expected):
+            read()
+
+
 def test_items_without_goals_teach_and_score_nothing(data, tmp_path):
     rows = json.loads((data / "R2R_train.json").read_text())
     for row in rows:
@@ -300,6 +327,9 @@ def test_the_command_says_what_is_wrong(data, tmp_path, options, message):
         (lambda: ItemsConfig(num_instructions=2), "num_instructions is 2: give 1 or 3"),
         (lambda: ItemsConfig(task="ndh", pairs=2), "are for --task r2r, but the task is ndh"),
         (lambda: ItemsConfig(max_tokens=2), "max_tokens is 2: give at least 3"),
+        (lambda: ItemsConfig(history="all"), "history is all, which says nothing to --task r2r"),
+        (lambda: ItemsConfig(task="hanna", deaf=True), "deaf is True, which says nothing to --task hanna"),
+        (lambda: ItemsConfig(task="ndh", dataset="rxr"), "dataset is rxr, which says nothing to --task ndh"),
         (lambda: AgentConfig(decoder_dropout=1.0), r"decoder_dropout is 1\.0"),
         (lambda: AgentConfig(hidden_size=0), "hidden_size is 0: give at least 1"),
         (lambda: LearnConfig(batch_size=0), "batch_size is 0: give at least 1"),
@@ -362,6 +392,7 @@ def test_presets_have_the_papers_numbers_and_variants_of_tasks(data, tmp_path):
     assert (PAPER.learn.lr, PAPER.learn.tune_lr, PAPER.learn.imitation_weight) == (2e-5, 2e-6, 0.2)
     assert (PAPER.learn.extra_weight, PAPER.learn.batch_size, PAPER.learn.max_steps) == (0.6, 20, 35)
     assert R4R.items.max_tokens > PAPER.items.max_tokens and R4R.learn.max_steps > PAPER.learn.max_steps
+    assert R4R.run.eval_items and PRESETS["paper-hanna"][1].model.decoder_hidden == 256
     assert HOUSES.folder == "runs/r2r-houses-0" and HOUSES.select == ("val_unseen/spl",)
     ndh = train.parse(["houses", "--task", "ndh"])
     assert ndh == PRESETS["houses-ndh"][1] and ndh.select == ("val_unseen/goal_progress",)

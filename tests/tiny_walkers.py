@@ -46,6 +46,11 @@ def run_walk(capsys, data, agent, *options):
     return capsys.readouterr().out.splitlines()
 
 
+def run_score(capsys, data, submission):
+    evaluate.main([str(submission), "--data", str(data), "--split", "val_seen"])
+    return capsys.readouterr().out.splitlines()
+
+
 def refused(capsys, data, agent, *options):
     with pytest.raises(SystemExit) as stop:
         run_walk(capsys, data, agent, *options)

@@ -40,11 +40,14 @@ class Loaded(NamedTuple):
     folder: Path
     dataset: str = "r2r"
     """Whose items it learned: r2r, r4r or rxr; for another task that task's own name."""
+    max_steps: int = 0
+    """Longest walk that it was chosen by; 0 if unknown."""
 
 
 def save_agent(
-    folder: str | Path, agent: nn.Module, *, task: str, reading: Reading, dataset: str = "r2r"
-) -> None:
+    folder: str | Path, agent: nn.Module, *, task: str, reading: Reading, dataset: str = "r2r",
+    max_steps: int = 0,
+) -> None:  # fmt: skip
     """Write an agent; each file under a temporary name first, the settings last.
 
     Args:
@@ -53,6 +56,7 @@ def save_agent(
         task: r2r, ndh or hanna.
         reading: how items become its episodes.
         dataset: r2r, r4r or rxr, whose items an agent for R2R learned.
+        max_steps: longest walk of its evaluations, if there were any.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +65,7 @@ def save_agent(
         "format": _FORMAT,
         "task": task,
         "dataset": dataset if task == "r2r" else task,
+        "max_steps": max_steps,
         "trunk": trunk.config.to_dict(),
         "agent": asdict(config),  # type: ignore[call-overload, arg-type]
         "reading": reading._asdict(),
@@ -97,6 +102,7 @@ def load_agent(folder: str | Path) -> Loaded:
         task, reading = settings["task"], Reading(**settings["reading"])
         # Folders of earlier versions name none.
         dataset = settings.get("dataset", task)
+        max_steps = int(settings.get("max_steps", 0))
         if dataset not in (("r2r", "r4r", "rxr") if task == "r2r" else (task,)):
             raise ValueError(f"it learned the items of {dataset!r}, which are not for {task}")
         trunk = Prevalent(PrevalentConfig.from_dict(settings["trunk"]))
@@ -105,7 +111,7 @@ def load_agent(folder: str | Path) -> Loaded:
         agent.load_state_dict(load_file(place / WEIGHTS), strict=True)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{place} is damaged, or of another version: {error}") from error
-    return Loaded(agent.eval(), task, reading, trunk.config.feature_size, place, dataset)
+    return Loaded(agent.eval(), task, reading, trunk.config.feature_size, place, dataset, max_steps)
 
 
 def trunk_of(agent: Any) -> Prevalent:

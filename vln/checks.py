@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Literal, NamedTuple
@@ -58,6 +59,23 @@ def validate(
             kind, text = found
             findings.append(Finding(kind, kind != "distance", origin, item_id(item), text))
     return findings
+
+
+def warn_of_findings(
+    splits: Mapping[str, Sequence[Item]], graphs: Mapping[str, NavGraph], *, file: str = ""
+) -> None:
+    """Say of splits that are about to be used what does not fit their graphs: one warning for each.
+
+    Args:
+        splits: names to items, of one task.
+        graphs: scan ids to graphs.
+        file: that the items are from, if they are of no split.
+    """
+    for name, items in splits.items():
+        findings = validate(items, graphs, origin=file or f"split {name}")
+        if findings:
+            more = f"; {len(findings) - 1} more items are odd" if len(findings) > 1 else ""
+            warnings.warn(f"{findings[0]}{more} (python -m vln.convert check lists all)", stacklevel=3)
 
 
 def instruction_counts(items: Iterable[R2RItem | RxRItem | HannaTask]) -> dict[int, int]:

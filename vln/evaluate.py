@@ -20,6 +20,7 @@ import tyro
 
 from fq.provenance import provenance
 from fq.run import write_atomically
+from vln.checks import warn_of_findings
 from vln.data import HannaTask, NDHItem, R2RItem, RxRItem, read_hanna, read_ndh, read_r2r, read_r4r, read_rxr
 from vln.evaluate_config import EvaluateConfig, WalkConfig
 from vln.evaluate_provenance import dataset_of, setting_of
@@ -74,6 +75,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         dataset = config.dataset or dataset_of(config.submission) or dataset
     items = _READERS[dataset](source, split)
     graphs = load_graphs(config.graphs or config.data, sorted({item.scan_id for item in items}))
+    warn_of_findings({config.split: items}, graphs, file=config.items)
     faults = find_faults(submission, items, graphs)
     if faults and not config.lenient:
         shown = "\n".join(f"  {fault}" for fault in faults[:_SHOWN])
@@ -171,9 +173,10 @@ def main(arguments: list[str] | None = None) -> None:
 
             config = replace(config, submission=str(walk(config)))
             print(f"submission written to {config.submission}")
-        elif config.setting.name != "greedy":
+        elif config.setting.name != "greedy" or config.agent != WalkConfig():
             raise ValueError(
-                f"{config.submission} is no folder: search and pre-exploration are for a run of vln.train"
+                f"{config.submission} is no folder: search and pre-exploration, and how to walk, are for a "
+                "run of vln.train"
             )
         result = evaluate(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -32,6 +32,7 @@ from vln.train_walk import walk_greedily
 from vln.world import World
 
 _MAX_STEPS = {"r2r": 35, "ndh": 40, "hanna": 50}
+"""Of the originals, for agents that name none."""
 
 
 def walk(config: EvaluateConfig) -> Path:
@@ -53,6 +54,8 @@ def walk(config: EvaluateConfig) -> Path:
     if loaded.task != "r2r" and (setting.name != "greedy" or config.dataset):
         wanted = config.dataset if setting.name == "greedy" else setting.name
         raise ValueError(f"{run} holds an agent for {loaded.task}: {wanted} is for those of R2R")
+    if loaded.task == "hanna" and (options.avoid_loops or options.turns):
+        raise ValueError(f"{run} holds an agent for hanna: --avoid-loops and --turns are for R2R and NDH")
     dataset: Any = config.dataset or loaded.dataset
     ending = f".{dataset}" if dataset in ("r4r", "rxr") else ""
     ending += "" if setting.name == "greedy" else f".{setting.name}"
@@ -65,6 +68,11 @@ def walk(config: EvaluateConfig) -> Path:
         write_submission(target, _walk(config, loaded, dataset, target))
     write_provenance(target, setting.name, {"dataset": dataset, "config": asdict(config)})
     return target
+
+
+def longest_walk(config: EvaluateConfig, loaded: Loaded) -> int:
+    """Steps after which an agent is stopped."""
+    return config.agent.max_steps or loaded.max_steps or _MAX_STEPS[loaded.task]
 
 
 def exploration_folder(submission: Path) -> Path:
@@ -92,7 +100,7 @@ def _walk(config: EvaluateConfig, loaded: Loaded, dataset: Any, target: Path) ->
             return _search(config, loaded, surroundings, split)
         found = walk_greedily(
             loaded.agent, surroundings, split, np.arange(len(split.episodes.names)),
-            batch_size=options.batch_size, max_steps=options.max_steps or _MAX_STEPS[loaded.task],
+            batch_size=options.batch_size, max_steps=longest_walk(config, loaded),
             avoid_loops=options.avoid_loops, turns=options.turns,
         )  # fmt: skip
     return [row for _, row in sorted(found, key=lambda row: row[0])]
@@ -119,7 +127,7 @@ def _search(
         found = state_factored_search(
             loaded.agent, surroundings, episode, num_routes=setting.search,
             max_expansions=setting.max_expansions,
-            max_steps=config.agent.max_steps or _MAX_STEPS[loaded.task], rank=rank,
+            max_steps=longest_walk(config, loaded), rank=rank,
             speaker_weight=0.5 if setting.speaker_weight is None else setting.speaker_weight,
         )  # fmt: skip
         told += [search_prediction(found, name, surroundings, start_heading=heading) for name in names]
@@ -156,7 +164,7 @@ def _walk_and_ask(config: EvaluateConfig, loaded: Loaded) -> list[dict[str, Any]
     )  # fmt: skip
     found = walk_and_ask(
         loaded.agent.to(surroundings.device), helpers, episodes_of_tasks(tasks),
-        batch_size=config.agent.batch_size, max_steps=config.agent.max_steps or _MAX_STEPS["hanna"],
+        batch_size=config.agent.batch_size, max_steps=longest_walk(config, loaded),
     )  # fmt: skip
     return submission_rows([row for row, _ in found], [result for _, result in found])
 

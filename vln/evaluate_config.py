@@ -24,7 +24,7 @@ class WalkConfig:
     batch_size: int = 100
     """Episodes walked together; the scores do not depend on it."""
     max_steps: int = 0
-    """Longest walk; 0 takes 35, and 40 for NDH, 50 for HANNA, as the originals do."""
+    """Longest walk; 0 takes that by which the run chose its agent, and 35 for a converted one."""
     avoid_loops: bool = False
     """Take no viewpoint again (R2R, NDH)."""
     turns: bool = False

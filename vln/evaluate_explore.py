@@ -124,7 +124,7 @@ def _training(config: EvaluateConfig, loaded: Loaded, learn: LearnConfig, folder
             eval_every=-(-steps // _EVALUATIONS),
             eval_items=_EVAL_ITEMS,
             eval_batch_size=config.agent.batch_size,
-            eval_max_steps=learn.max_steps,
+            eval_max_steps=loaded.max_steps or learn.max_steps,
             checkpoint_every=-(-steps // _EVALUATIONS),
             select=f"{SPLIT}/spl",
             maps=0,

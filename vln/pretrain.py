@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from fq.command import flat_settings, from_dict, make_accelerator, parse_preset, run_command
 from fq.loop import derived_seed, due, prepare, require_finite, summed_last
-from fq.run import RunFolder, Steps
+from fq.run import RunFolder, Steps, write_atomically
 from vln.checkpoints import (
     WEIGHTS,
     from_released,
@@ -34,12 +34,15 @@ from vln.checkpoints import (
 from vln.model import PretrainingOutput, PrevalentPretraining
 from vln.pretrain_config import MAY_CHANGE, PRESETS, OptimConfig, Pretraining, SizesConfig, sized
 from vln.pretrain_data import Batch, Opened, PretrainingData, Stream, open_data
+from vln.pretrain_samples import told_samples
 
 MODEL, RELEASED, TOKENIZER = "model", "released", "tokenizer"
 """Folders in a run: the finished model, the same under the released names, and its tokeniser."""
 
 _EVAL_STEP = 2**40
 """Masks of evaluations: those of a step that no training reaches, so that all evaluations are alike."""
+
+_NUM_SAMPLES = 12
 
 _NUM_TERMS = len(PretrainingOutput._fields)
 
@@ -51,8 +54,9 @@ def train(config: Pretraining) -> Path:
         config: see `Pretraining`.
 
     Returns:
-        The run folder: config.json, provenance.json, metrics.jsonl, checkpoints/, tokenizer/, and model/ for
-        ``PrevalentPretraining.from_pretrained``; released/ if asked for.
+        The run folder: config.json, provenance.json, metrics.jsonl, checkpoints/, tokenizer/, samples/ with
+        what it answers for held-out triplets, and model/ for ``PrevalentPretraining.from_pretrained``;
+        released/ if asked for.
 
     Raises:
         ValueError: data, model, configuration or run folder do not fit; nothing has been written then.
@@ -67,6 +71,11 @@ def train(config: Pretraining) -> Path:
     opened = open_data(config.data)
     set_seed(options.seed)  # for weights made anew
     model = build_model(config.model, opened, num_words=len(opened.tokenizer))
+    if options.export and model.config.action_target != "candidate_rank":
+        raise ValueError(
+            f"{config.model.init} has a model that tells {model.config.action_target}s but the released "
+            "layout knows candidate_ranks alone: leave out --export, or start from another model"
+        )
     freeze_idle(model, optim)
 
     run = RunFolder.open(config.folder, asdict(config), accelerator, seed=options.seed, may_change=MAY_CHANGE)
@@ -120,6 +129,9 @@ def train(config: Pretraining) -> Path:
         if due(now, options.eval_every, last):
             for split, data in opened.val.items():
                 run.log(now, evaluate(net, data, source, optim, options.eval_triplets), prefix=split)
+                if accelerator.is_main_process:
+                    text = source.samples(data, opened.tokenizer)
+                    write_atomically(run.samples / f"{split}_{now:06}.md", text)
         if saving:
             run.save(now, keep=options.keep_checkpoints)
         started += time.perf_counter() - paused
@@ -137,7 +149,7 @@ class _Source:
     """This process's share of batches, and passes through the model."""
 
     def __init__(self, config: Pretraining, accelerator: Accelerator, model: PrevalentPretraining) -> None:
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self._model = config, accelerator, model
         self.sizes: dict[str, Any] = {
             "angle_size": model.config.angle_size,
             "orientation": model.config.orientation,
@@ -157,6 +169,17 @@ class _Source:
             batch.mlm_labels.fill_(-1)
             batch.action_labels.fill_(-1)
         return batch
+
+    def samples(self, data: PretrainingData, tokenizer: Any) -> str:
+        """What the model makes of some triplets of a split, spread evenly over it."""
+        optim, size = self.config.optim, min(_NUM_SAMPLES, len(data))
+        rows = np.linspace(0, len(data), num=size, endpoint=False).astype(np.int64)
+        batch = data.batch(
+            rows, seed=self.config.run.seed, step=_EVAL_STEP, mask_share=optim.mask_share if optim.mlm else 0,
+            **self.sizes,
+        )  # fmt: skip
+        batch = batch.to(self.accelerator.device)
+        return told_samples(self._model, batch, tokenizer, mlm=optim.mlm, action=optim.action)
 
     def counts(self, shares: Sequence[Batch]) -> Tensor:
         """Words and actions to predict in a step, over all processes, at least 1 each: float32 ``[2]``."""
@@ -242,6 +265,8 @@ def build_model(sizes: SizesConfig, opened: Opened, *, num_words: int) -> Preval
     if sizes.init != "scratch" and kind not in ("bert", "lxmert"):
         folder = Path(sizes.init)
         released = (folder / WEIGHTS).is_file()
+        if (folder / MODEL).is_dir() and not released:
+            folder = folder / MODEL  # of a run
         model: PrevalentPretraining = (
             from_released(folder, angle_size=sizes.angle_size)
             if released

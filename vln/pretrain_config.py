@@ -55,8 +55,8 @@ class SizesConfig:
     """
 
     init: str = "scratch"
-    """scratch; bert:NAME and lxmert:FILE fill what they have; or a folder of ours or a released one, whose
-    sizes then count instead of those below."""
+    """scratch; bert:NAME and lxmert:FILE fill what they have; or a run, a folder of ours or a released one,
+    which brings all that stands below, but for --angle-size with a released one."""
     hidden_size: int = 768
     """Width."""
     num_attention_heads: int = 12
@@ -217,7 +217,8 @@ class Pretraining:
     run: RunConfig
 
     def __post_init__(self) -> None:
-        if self.run.export and self.model.action_target != "candidate_rank":
+        own_sizes = self.model.init == "scratch" or self.model.init.startswith(("bert:", "lxmert:"))
+        if self.run.export and own_sizes and self.model.action_target != "candidate_rank":
             raise ValueError(
                 "--export needs --action-target candidate_rank: the released layout has no other"
             )

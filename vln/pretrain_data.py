@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from vln.checks import warn_of_findings
 from vln.data import R2RItem, read_r2r
 from vln.draws import FEATURES, uniforms
 from vln.geometry import NUM_VIEWS
@@ -239,7 +240,7 @@ def open_data(config: TripletsConfig) -> Opened:
         ValueError: a file is damaged, or things do not fit together.
     """
     items = [item for split in config.splits for item in read_r2r(config.data, split)]
-    items += [item for path in config.extra for item in read_r2r(path)]
+    told = [item for path in config.extra for item in read_r2r(path)]
     held_out: dict[str, list[R2RItem]] = {}
     for split in config.val_splits:
         try:
@@ -249,9 +250,10 @@ def open_data(config: TripletsConfig) -> Opened:
     tokenizer = open_tokenizer(config)
     vocabulary = Vocabulary.of(tokenizer)
     graphs = load_graphs(config.data)
+    warn_of_findings({"/".join(config.splits): items} | held_out, graphs)
     world = World(graphs)
     features = open_features(config, world)
-    triplets, token_ids = _tables(world, items, tokenizer, config)
+    triplets, token_ids = _tables(world, items + told, tokenizer, config)
     for path in config.released:
         released = read_released(path, world)
         if int(released.token_ids.max(initial=0)) >= vocabulary.size:

@@ -65,6 +65,11 @@ class _State(NamedTuple):
     memory: Memory | None
     stopped: bool
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Viewpoint and action: the last move, or where the agent stopped, which no move is."""
+        return self.viewpoints[-1:] * 2 if self.stopped else self.viewpoints[-2:]
+
 
 @torch.no_grad()
 def state_factored_search(
@@ -80,7 +85,8 @@ def state_factored_search(
 ) -> Searched:
     """Search for one episode.
 
-    A state is a viewpoint and whether the agent has stopped there; the likeliest way to each is kept.
+    A state is a viewpoint and the action taken there; the likeliest way to each is kept, so that a viewpoint
+    may be looked at from once for every neighbour that it was entered from.
 
     Args:
         agent: that of R2R or NDH, put into eval mode.
@@ -105,21 +111,20 @@ def state_factored_search(
     explorer = _Explorer(agent.eval(), surroundings, episode)
     order = itertools.count()  # of equally likely states the first one found goes first
     heap: list[tuple[float, int, _State]] = [(0.0, next(order), explorer.start)]
-    done: set[tuple[int, bool]] = set()
+    done: set[tuple[int, ...]] = set()
     routes: list[Route] = []
     expansions = 0
     while heap and len(routes) < num_routes and expansions < max_expansions:
         _, _, state = heapq.heappop(heap)
-        key = (state.viewpoints[-1], state.stopped)
-        if key in done:
+        if state.key in done:
             continue
-        done.add(key)
+        done.add(state.key)
         if state.stopped:
             routes.append(Route(state.viewpoints, state.log_prob))
             continue
         expansions += 1
         for child in explorer.expand(state, may_move=len(state.viewpoints) < max_steps):
-            if (child.viewpoints[-1], child.stopped) not in done:
+            if child.key not in done:
                 heapq.heappush(heap, (-child.log_prob, next(order), child))
     chosen = _best(routes, rank, speaker_weight)
     if chosen >= 0:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vln.checks import warn_of_findings
 from vln.data import R2RItem, read_r2r
 from vln.model import Orientation
 from vln.navgraph import load_graphs
@@ -130,6 +131,7 @@ def open_data(config: PathsConfig, *, words: Words | None = None) -> Opened:
         raise ValueError(f"{config.data} has no path with instructions in {', '.join(config.splits)}")
     scan_ids = sorted({item.scan_id for rows in (items, *held_out.values()) for item in rows})
     world = World(load_graphs(config.data, scan_ids))
+    warn_of_findings({"/".join(config.splits): items} | held_out, world.graphs)
     features = open_features(TripletsConfig(data=config.data, features=config.features), world)
     if words is None:
         words = _words(config, [text for item in items for text in item.instructions])

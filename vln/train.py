@@ -158,7 +158,10 @@ def _evaluate(
             _write_samples(run.samples, name, found, now)
         if improved:
             items = config.items
-            save_agent(run.path / BEST, agent, task=items.task, reading=items.reading, dataset=items.dataset)
+            save_agent(
+                run.path / BEST, agent, task=items.task, reading=items.reading, dataset=items.dataset,
+                max_steps=config.run.eval_max_steps,
+            )  # fmt: skip
         if is_last and config.run.maps:
             _draw(config, run.samples / "maps", found, opened)
     accelerator.wait_for_everyone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -75,6 +75,16 @@ class ItemsConfig:
                 "--extra, --speaker, --pairs and --num-instructions are for --task r2r, but the task is "
                 f"{self.task}"
             )
+        own: dict[str, Any] = {"dataset": "r2r", "follow": "goal"} if self.task != "r2r" else {}
+        if self.task != "ndh":
+            own |= {"history": "nav_q_oracle_ans", "path_type": "trusted_path", "released_markers": False}
+        if self.task == "hanna":
+            own |= {"deaf": False}
+        for name, usual in own.items():
+            if getattr(self, name) != usual:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which says nothing to --task {self.task}: leave it out"
+                )
         if self.extra and self.speaker:
             raise ValueError("--extra and --speaker are both given: take written instructions or a speaker")
         if self.speaker_paths and not self.speaker:
@@ -100,7 +110,7 @@ class AgentConfig:
     """Pre-trained model: a run of vln.pretrain, its folder model, a released folder (config.json and
     pytorch_model.bin), or scratch, whose sizes stand below."""
     agent: str = ""
-    """Start from this agent instead: a run of vln.train, of the same task."""
+    """Start from this agent instead: a run of vln.train, of the same task; it brings sizes and dropouts."""
     hidden_size: int = 768
     """Width of a model from scratch."""
     num_attention_heads: int = 12
@@ -311,7 +321,7 @@ PAPER_NDH = Training(
 PAPER_HANNA = Training(
     preset="paper-hanna",
     items=ItemsConfig(task="hanna", val_splits=("val_seen_env", "val_unseen_all"), max_tokens=50),
-    model=AgentConfig(decoder_hidden=512, decoder_dropout=0.3),
+    model=AgentConfig(decoder_hidden=256, decoder_dropout=0.3),
     learn=LearnConfig(
         reinforce=False, feedback="sample", imitation_weight=1.0, batch_size=32, max_steps=20,
         optimiser="adam", lr=1e-4, weight_decay=5e-4,
@@ -323,14 +333,14 @@ R4R = Training(
     items=ItemsConfig(dataset="r4r", follow="path", max_tokens=160),
     model=AgentConfig(),
     learn=LearnConfig(tune="cross", tune_from=50_000, max_steps=60),
-    run=WalkRunConfig(eval_max_steps=60, select="val_unseen/sdtw"),
+    run=WalkRunConfig(eval_every=1000, eval_items=1000, eval_max_steps=60, select="val_unseen/sdtw"),
 )
 RXR = Training(
     preset="rxr",
     items=ItemsConfig(dataset="rxr", follow="path", max_tokens=300),
     model=AgentConfig(),
     learn=LearnConfig(tune="cross", tune_from=50_000, max_steps=50),
-    run=WalkRunConfig(eval_max_steps=50, select="val_unseen/sdtw"),
+    run=WalkRunConfig(eval_every=1000, eval_items=1000, eval_max_steps=50, select="val_unseen/sdtw"),
 )
 _SMALL = AgentConfig(
     hidden_size=64, num_attention_heads=4, intermediate_size=128, num_text_layers=1, num_cross_layers=1,

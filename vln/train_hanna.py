@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from vln.agent_hanna import (
     route_split,
     submission_rows,
 )
+from vln.checks import warn_of_findings
 from vln.data import read_hanna, read_hanna_routes
 from vln.hanna import Assistant
 from vln.items import HannaRoute, HannaTask
@@ -71,6 +72,7 @@ def open_hanna(config: ItemsConfig) -> HannaOpened:
     routes = tuple(route for route in read_hanna_routes(config.data) if route.scan_id in scans)
     tokenizer = open_words(config)
     world = World(load_graphs(config.data, sorted(scans)))
+    warn_of_findings(tasks, world.graphs)
     splits = {name: HannaSplit(tuple(rows), tuple(episodes_of_tasks(rows))) for name, rows in tasks.items()}
     val = {name: split for name, split in splits.items() if name in config.val_splits}
     features = open_features(sources(config), world)
@@ -151,9 +153,7 @@ class HannaTeaching:
         """Walk a split and score it; the same on all processes."""
         run, accelerator = self._config.run, self._accelerator
         episodes = self._opened.val[split].episodes
-        size = len(episodes)
-        count = run.eval_items if 0 < run.eval_items < size else size
-        chosen = np.linspace(0, size, count, endpoint=False).astype(int)
+        chosen = _evenly(episodes, run.eval_items)
         mine = chosen[accelerator.process_index :: accelerator.num_processes]
         with accelerator.autocast():
             found = walk_and_ask(
@@ -163,6 +163,16 @@ class HannaTeaching:
         place = {episode.name: number for number, episode in enumerate(episodes)}
         rows = sorted(gather_object(found), key=lambda row: place[str(row[0].item_id)])
         return score(self._opened.val[split], rows, self._opened.world.graphs)
+
+
+def _evenly(episodes: Sequence[HannaEpisode], count: int) -> np.ndarray:
+    """About so many episodes, 0 for all, of tasks spread over the split: tasks are scored whole."""
+    if not 0 < count < len(episodes):
+        return np.arange(len(episodes))
+    number = dict[Any, int]()
+    task_of = [number.setdefault((row.task.scan_id, row.task.path_id), len(number)) for row in episodes]
+    some = max(1, round(count * len(number) / len(episodes)))
+    return np.flatnonzero(np.isin(task_of, np.linspace(0, len(number), some, endpoint=False).astype(int)))
 
 
 def walk_and_ask(

@@ -16,6 +16,7 @@ from vln.agent_data import Split, make_split, pick_pairs, read_items
 from vln.agent_folder import KINDS, load_agent, trunk_of
 from vln.back_translation import BackTranslation, sample_paths
 from vln.checkpoints import WEIGHTS, from_released
+from vln.checks import warn_of_findings
 from vln.data import read_r2r
 from vln.follower import FollowerConfig
 from vln.hanna_model import HannaAgentConfig
@@ -106,6 +107,7 @@ def open_data(config: ItemsConfig, *, seed: int = 0) -> Opened:
             continue  # a folder may have no such split
     needed = {item.scan_id for rows in (items, more, *held_out.values()) for item in rows}
     world = World(load_graphs(config.data, sorted(needed)))
+    warn_of_findings({config.split: items} | held_out, world.graphs)
     features = open_features(sources(config), world)
 
     def split_of(name: str, rows: Sequence[Any], first: int = 0) -> Split:
@@ -175,6 +177,12 @@ def build_agent(config: Training, *, num_words: int, pad_id: int, feature_size: 
         loaded = load_agent(sizes.agent)
         if loaded.task != task:
             raise ValueError(f"{sizes.agent} holds an agent for {loaded.task}, not for {task}")
+        together, given = loaded.reading.num_instructions, config.items.num_instructions
+        if together != given:
+            raise ValueError(
+                f"{sizes.agent} reads {together} instructions together but num_instructions is {given}: "
+                f"give --num-instructions {together}"
+            )
         _require_fit(trunk_of(loaded.agent), feature_size, num_words, sizes.agent)
         return loaded.agent.train()
     trunk = build_trunk(sizes, num_words=num_words, pad_id=pad_id, feature_size=feature_size)

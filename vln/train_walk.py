@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from vln.agent import Episodes, Noise, Rollout, predictions, rollout
 from vln.agent_data import Split
@@ -55,11 +55,12 @@ class WalkTask:
         agent: to train.
     """
 
-    def __init__(self, config: Training, opened: Opened, accelerator: Accelerator, agent: nn.Module) -> None:
+    def __init__(self, config: Training, opened: Opened, accelerator: Accelerator, agent: Any) -> None:
         self._config, self._opened, self._accelerator = config, opened, accelerator
         self._surroundings = Surroundings.of(
             trunk_of(agent).config, opened.world, opened.features, device=accelerator.device
         )
+        self._feature_dropout: float = agent.config.feature_dropout
         seed = config.run.seed
         self._stream = Stream(len(opened.train.episodes.names), seed)
         self._num_more = len(opened.extra.episodes.names) if opened.extra else len(opened.teller or ())
@@ -82,9 +83,7 @@ class WalkTask:
         if self._more is None:
             return
         # One mask for all walks of the step: another environment (Tan et al., 2019, Sec. 3.4).
-        keep = environment_mask(
-            self._config.run.seed, step, opened.features.width, self._config.model.feature_dropout
-        )
+        keep = environment_mask(self._config.run.seed, step, opened.features.width, self._feature_dropout)
         rows = self._share(self._more, step)
         if opened.teller is not None:
             episodes = opened.teller.episodes(rows, keep)
