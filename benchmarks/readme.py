@@ -225,6 +225,26 @@ def pretraining() -> str:
     return "\n".join(lines)
 
 
+def pipeline() -> str:
+    """Markdown of what the published pre-training data take, for ``docs/prevalent.md``."""
+    path = RESULTS / "pipeline.json"
+    if not path.is_file():
+        return "The pipeline at its published size is not measured yet."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    paths, triplets, said, step = (found[key] for key in ("paths", "triplets", "instructions", "training"))
+    return (
+        "**The published data, made here** (`python -m benchmarks.pipeline`: R2R's own training graphs, "
+        f"random vectors, one thread): {paths['count']:,.0f} paths are sampled in {paths['seconds']:.0f} s "
+        f"and rolled into {triplets['count']:,.0f} triplets, of six instructions each, in "
+        f"{triplets['seconds']:.0f} s. A speaker of the published size says {said['per_second']:.0f} "
+        f"instructions of {said['words'] / said['count']:.0f} words a second (it is untrained and stops late), "
+        f"the published 1,020,000 in {said['paper_hours']:.1f} hours of one process; `vln.augment` shares "
+        f"them among processes. The model of the published size learns from {step['per_second']:.1f} triplets "
+        f"a second, so one epoch of 6,482,000 would take {step['paper_hours'] / 24:.0f} days on this "
+        f"processor: that part wants a GPU. {_machine(found['provenance'])}"
+    )
+
+
 _COMPARED = {
     "r2r/val_unseen": "R2R, unseen houses",
     "ndh/val_unseen": "NDH, unseen houses",
@@ -345,6 +365,7 @@ def main() -> None:
     write(ROOT / "README.md", "measured", measured())
     write(ROOT / "docs" / "quantiser.md", "measured:search", quantiser())
     write(ROOT / "docs" / "prevalent.md", "measured:pretraining", pretraining())
+    write(ROOT / "docs" / "prevalent.md", "measured:pipeline", pipeline())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def told_samples(
     actions = model.action_logits(sequence).argmax(-1).tolist()
     model.train(was_training)
     by_view = model.config.action_target == "view"
-    lines = []
+    lines = ["Masked words are shown as [right word: answer].\n"] if mlm else []
     for row in range(len(batch.input_ids)):
         lines.append(f"* {_text(batch.input_ids[row], batch.mlm_labels[row], words[row], tokenizer)}")
         right = int(batch.action_labels[row])
