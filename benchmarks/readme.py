@@ -237,11 +237,12 @@ def pipeline() -> str:
         f"random vectors, one thread): {paths['count']:,.0f} paths are sampled in {paths['seconds']:.0f} s "
         f"and rolled into {triplets['count']:,.0f} triplets, of six instructions each, in "
         f"{triplets['seconds']:.0f} s. A speaker of the published size says {said['per_second']:.0f} "
-        f"instructions of {said['words'] / said['count']:.0f} words a second (it is untrained and stops late), "
-        f"the published 1,020,000 in {said['paper_hours']:.1f} hours of one process; `vln.augment` shares "
-        f"them among processes. The model of the published size learns from {step['per_second']:.1f} triplets "
-        f"a second, so one epoch of 6,482,000 would take {step['paper_hours'] / 24:.0f} days on this "
-        f"processor: that part wants a GPU. {_machine(found['provenance'])}"
+        f"instructions of {said['words'] / said['count']:.0f} words a second (it is untrained and stops "
+        f"late), the published 1,020,000 in {said['paper_hours']:.1f} hours of one process; `vln.augment` "
+        f"shares them among processes. The model of the published size learns from "
+        f"{step['per_second']:.1f} triplets a second, so one epoch of 6,482,000 would take "
+        f"{step['paper_hours'] / 24:.0f} days on this processor: that part wants a GPU. "
+        f"{_machine(found['provenance'])}"
     )
 
 
