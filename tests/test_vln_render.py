@@ -286,9 +286,9 @@ def test_what_is_drawn_of_each_task():
 
 R2R = [
     {"path_id": 4, "scan": "house", "heading": 1.0, "path": ["house-0", "house-1", "house-2"],
-     "distance": 3.8, "instructions": ["go <b>there</b>", "walk"]},
+     "distance": 3.83, "instructions": ["go <b>there</b>", "walk"]},
     {"path_id": 9, "scan": "house", "heading": 0.0, "path": ["house-2", "house-4", "house-5"],
-     "distance": 3.9, "instructions": ["stop"]},
+     "distance": 3.83, "instructions": ["stop"]},
 ]  # fmt: skip
 
 
