@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.compare import portable
 from benchmarks.pretraining_speed import FULL
 from benchmarks.pretraining_speed import measure as measure_training
 from fq.provenance import provenance
@@ -38,16 +39,13 @@ MAX_WORDS = 80
 """Of the speaker that made the published instructions."""
 
 
-def untrained_speaker(texts: list[str], *, feature_size: int, hidden_size: int, word_size: int) -> Speaker:
-    """A speaker with the words of some texts."""
-    angle_size = ENVDROP.model.angle_size
+def untrained_speaker(words: Words, *, feature_size: int, hidden_size: int) -> TrainedSpeaker:
+    """A speaker of some words, with new weights."""
+    sizes, view_size = ENVDROP.model, feature_size + ENVDROP.model.angle_size
     torch.manual_seed(0)
-    return Speaker(
-        SpeakerConfig(
-            vocab_size=len(Words.count(texts)), view_size=feature_size + angle_size, angle_size=angle_size,
-            hidden_size=hidden_size, word_size=word_size,
-        )
-    ).eval()  # fmt: skip
+    config = SpeakerConfig(vocab_size=len(words), view_size=view_size, angle_size=sizes.angle_size,
+                           hidden_size=hidden_size, word_size=sizes.word_size)  # fmt: skip
+    return TrainedSpeaker(Speaker(config).eval(), words, "blocks")
 
 
 def measure(
@@ -91,17 +89,16 @@ def measure(
     found["triplets"] = _rate(len(triplets.text), time.perf_counter() - started)
     del triplets
 
-    texts = [text for item in items for text in item.instructions]
+    words = Words.count(text for item in items for text in item.instructions)
     features = RandomFeatures(world, model.feature_size)
-    sizes = {"hidden_size": hidden_size, "word_size": ENVDROP.model.word_size}
-    speaker = untrained_speaker(texts, feature_size=features.width, **sizes)
+    trained = untrained_speaker(words, feature_size=features.width, hidden_size=hidden_size)
     told = paths[:num_said]
     features.gather([path.scan_id for path in told for _ in path.path], [n for p in told for n in p.path])
     config = AugmentConfig(speaker="", out="", num_instructions=NUM_INSTRUCTIONS, max_words=MAX_WORDS,
                            shard_size=num_said)  # fmt: skip
-    job = Job(told, 1, world, features, TrainedSpeaker(speaker, Words.count(texts), "blocks"), {}, 0.0)
+    job = Job(told, 1, world, features, trained, {}, 0.0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speaker.to(device)
+    trained.speaker.to(device)
     shard = describe(config, job, 0, device)
     found["instructions"] = _rate(num_said * NUM_INSTRUCTIONS, shard.speaking_s)
     found["instructions"]["words"] = sum(len(t.split()) for row in shard.rows for t in row["instructions"])
@@ -137,9 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"{name}: {row['count']:,.0f} in {row['seconds']:.1f} s, {row['per_second']:,.1f} a second{more}"
         )
     record = provenance(0)
-    # Where the data lie on this machine is nobody else's business.
-    record["command"] = record["command"].replace(str(options.data), options.data.name)
-    write_atomically(options.out, json.dumps(found | {"provenance": record}, indent=1) + "\n")
+    document = found | {"provenance": record | {"command": portable(record["command"])}}
+    write_atomically(options.out, json.dumps(document, indent=1) + "\n")
     print(f"written to {options.out}")
 
 

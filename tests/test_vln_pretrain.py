@@ -163,10 +163,11 @@ def test_a_run_begins_from_other_checkpoints(data, tmp_path):
         assert all(torch.equal(state[key], expected[key]) for key in expected)
     tiny_model(vocab_size=words, action_target="view").save_pretrained(tmp_path / "views")
     given = [*SMALL, "--data", str(data), "--init", str(tmp_path / "views"), "--export"]
-    with pytest.raises(
-        SystemExit, match="a model that tells views but the released layout knows candidate_r"
-    ):
+    with pytest.raises(SystemExit, match=r"tell candidate_ranks, .* but that of init .*views tells views"):
         pretrain.main([*given, "--out", str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="but that of init scratch tells views: leave it out"):
+        pretrain.main([*SMALL, "--data", str(data), "--action-target", "view", "--export",
+                       "--out", str(tmp_path / "new")])  # fmt: skip
     assert not (tmp_path / "new" / "config.json").exists()
     with pytest.raises(ValueError, match="trained with 6 features a view and 40 words, but the data have 6"):
         tiny_model().save_pretrained(tmp_path / "other")

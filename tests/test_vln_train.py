@@ -184,6 +184,10 @@ def test_extra_data_are_learnt_from_under_a_mask_of_the_environment(data, tmp_pa
     assert {"extra_imitation_loss", "extra_reward", "imitation_loss"} <= set(records[0])
     assert [mask is None for mask in masks] == [True, True, False, False] * 2
     assert masks[2] == masks[3] != masks[6] == masks[7] and set(masks[2]) <= {0.0, 2.0}
+    # An agent that is taken over brings its own share, whatever the options say.
+    run_here(data, tmp_path / "more", "--steps", 1, "--extra", data / "R2R_val_seen.json", "--reinforce",
+             "--feature-dropout", 0, "--agent", tmp_path / "run", "--eval-every", 0)  # fmt: skip
+    assert masks[-1] == masks[2]
 
 
 def test_an_agent_of_a_run_can_start_another(data, tmp_path):

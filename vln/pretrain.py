@@ -73,8 +73,8 @@ def train(config: Pretraining) -> Path:
     model = build_model(config.model, opened, num_words=len(opened.tokenizer))
     if options.export and model.config.action_target != "candidate_rank":
         raise ValueError(
-            f"{config.model.init} has a model that tells {model.config.action_target}s but the released "
-            "layout knows candidate_ranks alone: leave out --export, or start from another model"
+            f"--export is for models that tell candidate_ranks, as the released layout, but that of init "
+            f"{config.model.init} tells {model.config.action_target}s: leave it out, or pre-train another"
         )
     freeze_idle(model, optim)
 

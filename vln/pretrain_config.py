@@ -217,11 +217,6 @@ class Pretraining:
     run: RunConfig
 
     def __post_init__(self) -> None:
-        own_sizes = self.model.init == "scratch" or self.model.init.startswith(("bert:", "lxmert:"))
-        if self.run.export and own_sizes and self.model.action_target != "candidate_rank":
-            raise ValueError(
-                "--export needs --action-target candidate_rank: the released layout has no other"
-            )
         last = self.optim.schedule_steps
         if last and self.run.steps > last:
             raise ValueError(
